@@ -1,0 +1,18 @@
+import math
+
+import torch
+
+from models.config import ModelConfig
+from models.mlp.gelu import GeluMlp
+
+
+def test_definition_and_flops() -> None:
+    config = ModelConfig(vocabulary_size=5, context=8, layers=1, width=12, heads=2, mlp_ratio=3, bias=True)
+    mlp = GeluMlp(config)
+    for parameter in mlp.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(2, 4, 12)
+    inner = x @ mlp.up.weight.T + mlp.up.bias
+    expected = (inner * (1 + torch.erf(inner / math.sqrt(2))) / 2) @ mlp.down.weight.T + mlp.down.bias
+    torch.testing.assert_close(mlp(x), expected, atol=1e-4, rtol=1e-4)
+    assert mlp.flops(8) == 2 * 2 * 12 * 36 * 8
