@@ -1,0 +1,315 @@
+"""The typed schema of every setting, and how a composed configuration becomes one experiment.
+
+A Hydra configuration says what may be chosen; an `Experiment` is what was chosen: one variant at one scale with one
+seed and one learning rate, its innovations applied, ready to train.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import MISSING, dataclass, field, make_dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from bench.data.config import DataConfig
+from bench.errors import UserError
+from models.config import ModelConfig
+
+BASELINE = "baseline"
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW as in nanoGPT: matrices decay, vectors do not."""
+
+    lr: float = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0  # largest global gradient norm; 0 does not clip
+
+
+@dataclass
+class ScheduleConfig:
+    """How the learning rate moves; `bench.training.schedule` has the formulas."""
+
+    name: str = "wsd"
+    warmup: float = 0.02  # fraction of a budget's steps; of the smallest budget's where budgets share a trunk
+    cooldown: float = 0.2  # fraction of a budget's steps
+    final: float = 0.0  # last learning rate as a fraction of the peak
+
+
+@dataclass
+class TrainingConfig:
+    sequences: int = 16  # per optimizer step
+
+
+@dataclass
+class EvaluationConfig:
+    tokens: int = 131072  # validation tokens, the same for every variant
+    every: int = 0  # steps between evaluations in mid-schedule, for the steps_to_target estimator; 0 = none
+
+
+@dataclass
+class DeviceConfig:
+    """Where it runs. Nothing here is part of a trajectory's identity."""
+
+    name: str = "auto"  # auto | cpu | cuda
+    precision: str = "auto"  # auto | float32 | bfloat16; auto = bfloat16 on CUDA
+    compile: bool = False
+    micro_batch: int = 0  # sequences per forward pass; 0 = the whole batch
+    threads: int = 0  # CPU threads; 0 = PyTorch's own choice
+    peak_flops: float | None = None  # for MFU where the device is not known by name
+
+
+@dataclass
+class LoggingConfig:
+    every: int = 10  # steps between rows of metrics.jsonl
+    checkpoint_seconds: float = 60.0
+    progress: str = "auto"  # auto | bar | lines | none
+
+
+@dataclass
+class WandbConfig:
+    mode: str = "disabled"  # disabled | offline | online
+    project: str = "cegbench"
+    entity: str | None = None
+
+
+@dataclass
+class StudyConfig:
+    """The trajectories of a study: every scale x variant x seed x learning rate."""
+
+    name: str = "default"
+    baseline: list[str] = field(default_factory=list)  # innovations of the variant that others are compared with
+    variants: list[list[str]] = field(default_factory=list)
+    scales: list[str] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=lambda: [0])
+    # By "scale/variant", "variant", or "default"; where nothing is said, the configuration's own.
+    # (Mappings to lists of numbers; Any, because Hydra lets an override fill null but not add keys to a mapping.)
+    lrs: Any = None
+    budgets: Any = None
+
+
+@dataclass
+class InnovationConfig:
+    """What one innovation changes."""
+
+    model: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class PathsConfig:
+    runs: str = "runs"
+    data: str = "data"
+
+
+def _model_schema() -> type:
+    """`models.ModelConfig` as Hydra needs it: not frozen, and its data-given vocabulary optional."""
+    fields: list[Any] = [("vocabulary_size", int | None, field(default=None))]
+    for entry in dataclasses.fields(ModelConfig):
+        if entry.name == "vocabulary_size":
+            continue
+        default = entry.default if entry.default is not MISSING else "???"
+        kind = entry.type if entry.type in (int, float, bool) else Any
+        fields.append((entry.name, kind, field(default=default)))
+    return make_dataclass("Model", fields)
+
+
+ModelSchema = _model_schema()
+
+
+@dataclass
+class Config:
+    scale: str = "???"
+    model: ModelSchema = field(default_factory=ModelSchema)  # type: ignore[valid-type]
+    innovation: dict[str, InnovationConfig] = field(default_factory=dict)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    study: StudyConfig = field(default_factory=StudyConfig)
+    paths: PathsConfig = field(default_factory=PathsConfig)
+    budgets: list[float] = field(default_factory=list)  # model FLOPs at which a finished schedule ends
+    fraction: float = 1.0  # scales every budget
+    seed: int = 0
+    lr: float | None = None  # peak learning rate; null = the innovation's or the optimizer's own
+    estimator: str = "crossing"  # how `gains` measures
+    op: str = "all"  # what `speed` measures
+
+
+def register_configs() -> None:
+    """Makes the schema known to Hydra; call it before composing."""
+    ConfigStore.instance().store(name="base_config", node=Config)
+
+
+def variant_name(innovations: list[str]) -> str:
+    return "+".join(sorted(innovations)) or BASELINE
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One trajectory, settled: what `train` trains."""
+
+    study: str
+    scale: str
+    innovations: tuple[str, ...]
+    seed: int
+    model: dict[str, Any]  # fields of ModelConfig; vocabulary_size may be None, the data's
+    data: DataConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    training: TrainingConfig
+    evaluation: EvaluationConfig
+    budgets: tuple[float, ...]  # model FLOPs, ascending
+    device: DeviceConfig
+    logging: LoggingConfig
+    wandb: WandbConfig
+    paths: PathsConfig
+
+    @property
+    def variant(self) -> str:
+        return variant_name(list(self.innovations))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that determines the numbers: no paths, logging, W&B or device, and not the study around it."""
+        settings = dataclasses.asdict(self)
+        for name in ("study", "device", "logging", "wandb", "paths"):
+            del settings[name]
+        del settings["data"]["tokenizer_files"]
+        return settings
+
+    @property
+    def digest(self) -> str:
+        """Eight hexadecimal digits of a hash of `identity`."""
+        canonical = json.dumps(self.identity, sort_keys=True, default=list)
+        return hashlib.blake2b(canonical.encode(), digest_size=4).hexdigest()
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder: readable, and different for every identity."""
+        name = f"seed={self.seed},lr={self.optimizer.lr:g},{self.digest}"
+        return Path(self.paths.runs) / self.study / self.scale / self.variant / name
+
+    def model_config(self, data_vocabulary_size: int) -> ModelConfig:
+        """The model for data with that many token ids.
+
+        Raises:
+            UserError: the model's vocabulary is smaller than the data's, or a field is out of range.
+        """
+        wanted = self.model["vocabulary_size"] or data_vocabulary_size
+        if wanted < data_vocabulary_size:
+            raise UserError(
+                f"model.vocabulary_size={wanted} is smaller than the data's {data_vocabulary_size} token ids: "
+                "leave it out, or raise it"
+            )
+        try:
+            return ModelConfig(**{**self.model, "vocabulary_size": wanted})
+        except ValueError as error:
+            raise UserError(f"model: {error}") from None
+
+
+def settle(config: DictConfig) -> Experiment:
+    """Applies the innovations to a composed configuration.
+
+    Raises:
+        UserError: two innovations set one field to different values, an innovation sets an unknown field, or a
+            setting is out of range.
+    """
+    try:
+        settings = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise UserError(one_line(error)) from None
+    assert isinstance(settings, Config)
+    changes = merge_innovations(settings.innovation)
+    model = {**dataclasses.asdict(settings.model), **changes["model"]}
+    optimizer = dataclasses.replace(settings.optimizer, **changes["optimizer"])
+    if settings.lr is not None:
+        optimizer = dataclasses.replace(optimizer, lr=settings.lr)
+    experiment = Experiment(
+        study=settings.study.name,
+        scale=settings.scale,
+        innovations=tuple(sorted(settings.innovation)),
+        seed=settings.seed,
+        model=model,
+        data=settings.data,
+        optimizer=optimizer,
+        schedule=settings.schedule,
+        training=settings.training,
+        evaluation=settings.evaluation,
+        budgets=tuple(sorted(budget * settings.fraction for budget in settings.budgets)),
+        device=settings.device,
+        logging=settings.logging,
+        wandb=settings.wandb,
+        paths=settings.paths,
+    )
+    check(experiment)
+    return experiment
+
+
+def merge_innovations(innovations: dict[str, InnovationConfig]) -> dict[str, dict[str, Any]]:
+    """What all innovations together change, as {"model": {field: value}, "optimizer": {field: value}}.
+
+    Raises:
+        UserError: naming the two innovations that want different values for a field, or the unknown field.
+    """
+    known = {
+        "model": {entry.name for entry in dataclasses.fields(ModelConfig)},
+        "optimizer": {entry.name for entry in dataclasses.fields(OptimizerConfig)},
+    }
+    changes: dict[str, dict[str, Any]] = {section: {} for section in known}
+    setter: dict[tuple[str, str], str] = {}
+    for innovation in sorted(innovations):
+        for section, names in known.items():
+            for name, value in getattr(innovations[innovation], section).items():
+                if name not in names:
+                    raise UserError(f"innovation {innovation} sets {section}.{name}, which does not exist")
+                other = setter.setdefault((section, name), innovation)
+                if changes[section].setdefault(name, value) != value:
+                    raise UserError(
+                        f"innovations {other} and {innovation} cannot be combined: they set {section}.{name} to "
+                        f"{changes[section][name]!r} and {value!r}"
+                    )
+    return changes
+
+
+def check(experiment: Experiment) -> None:
+    """Refuses settings that no trajectory can be trained with."""
+    schedule = experiment.schedule
+    rules = [
+        (experiment.budgets, "budgets is empty: name at least one, in model FLOPs"),
+        (all(budget > 0 for budget in experiment.budgets), "budgets and fraction must be above 0"),
+        (len(set(experiment.budgets)) == len(experiment.budgets), "budgets names the same budget twice"),
+        (experiment.training.sequences > 0, "training.sequences must be at least 1"),
+        (experiment.evaluation.tokens > 0, "evaluation.tokens must be at least 1"),
+        (experiment.evaluation.every >= 0, "evaluation.every must be 0 (never) or a number of steps"),
+        (experiment.optimizer.lr > 0, "lr must be above 0"),
+        (experiment.logging.every > 0, "logging.every must be at least 1"),
+        (0 <= schedule.warmup < 1, "schedule.warmup is a fraction of the steps, from 0 to below 1"),
+        (0 < schedule.cooldown <= 1, "schedule.cooldown is a fraction of the steps, above 0 and at most 1"),
+        (schedule.warmup + schedule.cooldown <= 1, "schedule.warmup + schedule.cooldown must be at most 1"),
+        (0 <= schedule.final <= 1, "schedule.final is a fraction of the peak rate, from 0 to 1"),
+    ]
+    for holds, sentence in rules:
+        if not holds:
+            raise UserError(sentence)
+
+
+def one_line(error: BaseException) -> str:
+    """What a library's exception says, and its cause, on one line and without the library's own advice."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    advice = ("Config search path", "provider=", "See https", "To append", "full_key", "object_type", "reference_type")
+    text = " ".join(line for line in lines if not line.startswith(advice))
+    cause = one_line(error.__cause__) if error.__cause__ else ""
+    return text if not cause or cause in text else f"{text}: {cause}"

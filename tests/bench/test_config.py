@@ -1,0 +1,118 @@
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench.compose import compose_config
+from bench.config import InnovationConfig, merge_innovations, settle, variant_name
+from bench.errors import UserError
+
+
+def settled(overrides, *more):
+    return settle(compose_config([*overrides, *more]))
+
+
+def test_innovations_change_the_model_and_name_the_variant(overrides):
+    experiment = settled(overrides, "innovation=[rope,layer_norm]")
+    assert experiment.variant == "layer_norm+rope"
+    assert (experiment.model["position"], experiment.model["norm"]) == ("rope", "layer_norm")
+    assert settled(overrides).variant == "baseline"
+
+
+def test_an_innovation_may_depend_on_the_scale(overrides):
+    assert settled(overrides, "innovation=[mqa]").model["queries_per_kv_head"] == 2
+    assert settled(overrides, "innovation=[mqa]", "model.heads=4").model["queries_per_kv_head"] == 4
+
+
+def test_innovations_that_disagree_are_refused_by_name(overrides):
+    with pytest.raises(UserError, match=r"gqa and mqa cannot be combined.*queries_per_kv_head to 2 and 8"):
+        settled(overrides, "innovation=[mqa,gqa]", "model.heads=8")
+
+
+def test_innovations_that_agree_are_combined():
+    same = InnovationConfig(model={"norm": "layer_norm"})
+    assert merge_innovations({"a": same, "b": same})["model"] == {"norm": "layer_norm"}
+
+
+def test_an_innovation_with_a_misspelt_field_is_named():
+    with pytest.raises(UserError, match=r"innovation x sets model\.positon, which does not exist"):
+        merge_innovations({"x": InnovationConfig(model={"positon": "rope"})})
+
+
+def test_the_order_of_innovations_does_not_matter(overrides):
+    one = settled(overrides, "innovation=[rope,layer_norm,mqa]")
+    other = settled(overrides, "innovation=[mqa,rope,layer_norm]")
+    assert one.folder == other.folder
+
+
+@given(st.lists(st.sampled_from(["rope", "mqa", "muon", "layer_norm"]), unique=True))
+def test_a_variant_has_one_name(innovations):
+    name = variant_name(innovations)
+    assert name == variant_name(innovations[::-1])
+    assert name == ("+".join(sorted(innovations)) if innovations else "baseline")
+
+
+@pytest.mark.parametrize(
+    "override", ["seed=1", "lr=0.002", "model.dropout=0.1", "training.sequences=8", "budgets=[30000000]", "fraction=2"]
+)
+def test_what_changes_the_numbers_changes_the_folder(overrides, override):
+    assert settled(overrides, override).folder != settled(overrides).folder
+
+
+@pytest.mark.parametrize(
+    "override", ["device.micro_batch=2", "logging.every=7", "wandb=offline", "study.seeds=[0,1]", "device.threads=3"]
+)
+def test_what_does_not_change_the_numbers_does_not(overrides, override):
+    assert settled(overrides, override).folder == settled(overrides).folder
+
+
+def test_the_learning_rate_of_the_command_line_wins(overrides):
+    assert settled(overrides).optimizer.lr == 1e-3
+    assert settled(overrides, "optimizer.lr=0.01").optimizer.lr == 0.01
+    assert settled(overrides, "optimizer.lr=0.01", "lr=0.02").optimizer.lr == 0.02
+
+
+def test_fraction_scales_every_budget(overrides):
+    assert settled(overrides, "fraction=0.5", "budgets=[4e9,2e9]").budgets == (1e9, 2e9)
+
+
+def test_the_vocabulary_is_the_datas_or_larger(overrides, experiment):
+    assert experiment.model_config(256).vocabulary_size == 256
+    padded = settled(overrides, "model.vocabulary_size=300")
+    assert padded.model_config(256).vocabulary_size == 300
+    with pytest.raises(UserError, match="smaller than the data's 400"):
+        padded.model_config(400)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("budgets=[]", "budgets is empty"),
+        ("budgets=[1e9,1e9]", "same budget twice"),
+        ("budgets=[-1]", "above 0"),
+        ("fraction=0", "above 0"),
+        ("training.sequences=0", r"training\.sequences"),
+        ("evaluation.tokens=0", r"evaluation\.tokens"),
+        ("lr=0", "lr must be above 0"),
+        ("schedule.warmup=1", r"schedule\.warmup"),
+        ("schedule.cooldown=0", r"schedule\.cooldown"),
+        ("schedule.warmup=0.9", r"warmup \+ schedule\.cooldown"),
+        ("schedule.final=2", r"schedule\.final"),
+        ("logging.every=0", r"logging\.every"),
+        ("evaluation.every=-1", r"evaluation\.every"),
+    ],
+)
+def test_settings_out_of_range_are_refused(overrides, override, sentence):
+    with pytest.raises(UserError, match=sentence):
+        settled(overrides, override)
+
+
+def test_a_model_that_cannot_be_is_a_user_error(overrides):
+    with pytest.raises(UserError, match="model: heads"):
+        settled(overrides, "model.heads=3").model_config(256)
+
+
+def test_identity_leaves_out_only_what_does_not_count(experiment):
+    left_out = {field.name for field in dataclasses.fields(experiment)} - set(experiment.identity)
+    assert left_out == {"study", "device", "logging", "wandb", "paths"}
