@@ -1,0 +1,1 @@
+"""What a trajectory leaves on disk, and its mirror in W&B."""

@@ -1,0 +1,117 @@
+"""The trajectories of a study: which there are, and how each of them stands."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bench.compose import compose_all, compose_config
+from bench.config import Experiment, StudyConfig, settle, variant_name
+from bench.errors import UserError
+from bench.runs.folder import RunFolder, read_rows
+
+SWEPT = ("scale", "innovation", "seed", "lr")
+
+
+def plan_study(overrides: Sequence[str]) -> list[list[str]]:
+    """The overrides of each trajectory of the study that `overrides` name.
+
+    Raises:
+        UserError: no study is named, or the overrides choose what the study itself varies.
+    """
+    study = compose_config(overrides).study
+    if not study.variants:
+        raise UserError(f"study {study.name} lists no variants: name one, as in study=quickstart")
+    for override in overrides:
+        key = override.lstrip("+~").split("=", 1)[0]
+        if key in SWEPT:
+            plural = {"innovation": "variants"}.get(key, key + "s")
+            raise UserError(f"study {study.name} varies {key} itself: use study.{plural}=[...] instead of {key}=")
+    check_names(study)
+    return [
+        [f"scale={scale}", f"innovation=[{','.join(variant)}]", *budgets, f"seed={seed}", *lr]
+        for scale in study.scales
+        for variant in study.variants
+        for budgets in [budget_override(study, scale, variant_name(list(variant)))]
+        for lr in rate_overrides(study, scale, variant_name(list(variant)))
+        for seed in study.seeds
+    ]
+
+
+def of_variant(values: Mapping[str, list[float]] | None, scale: str, variant: str) -> list[float]:
+    """What a study says of a variant at a scale, from the most special entry to the default; else nothing."""
+    for key in (f"{scale}/{variant}", variant, "default"):
+        if values and key in values:
+            return list(values[key])
+    return []
+
+
+def rate_overrides(study: StudyConfig, scale: str, variant: str) -> list[list[str]]:
+    """One override a learning rate; none means the configuration's own."""
+    return [[f"lr={rate!r}"] for rate in of_variant(study.lrs, scale, variant)] or [[]]
+
+
+def budget_override(study: StudyConfig, scale: str, variant: str) -> list[str]:
+    budgets = of_variant(study.budgets, scale, variant)
+    return [f"budgets={budgets!r}"] if budgets else []
+
+
+def check_names(study: StudyConfig) -> None:
+    """Refuses settings for a variant that the study does not have: a slip of the pen."""
+    variants = {variant_name(list(variant)) for variant in study.variants}
+    known = {"default"} | variants | {f"{scale}/{variant}" for scale in study.scales for variant in variants}
+    for field in ("lrs", "budgets"):
+        entries = study[field] or {}
+        if not isinstance(entries, Mapping) or not all(is_list_of_numbers(values) for values in entries.values()):
+            raise UserError(f"study.{field} must give each variant a list of numbers, as in {{rope:[1e-3,2e-3]}}")
+        for key in entries:
+            if key not in known:
+                raise UserError(
+                    f"study.{field} names {key}, which is no variant of study {study.name}: "
+                    f"choose from {', '.join(sorted(variants))}"
+                )
+
+
+def is_list_of_numbers(values: Any) -> bool:
+    return isinstance(values, Sequence) and bool(values) and all(isinstance(value, int | float) for value in values)
+
+
+def study_experiments(overrides: Sequence[str]) -> list[Experiment]:
+    """Every trajectory of a study, settled."""
+    jobs = plan_study(overrides)
+    return [settle(config) for config in compose_all([[*overrides, *job] for job in jobs])]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A trajectory's line in `status`. FLOPs are model FLOPs over all its legs; None where not yet known."""
+
+    experiment: Experiment
+    state: str
+    error: str
+    spent: float | None
+    left: float | None
+
+
+def stand(experiment: Experiment) -> Standing:
+    folder = RunFolder(experiment.folder)
+    error = folder.failure if folder.state == "failed" else ""
+    if not folder.described:
+        return Standing(experiment, folder.state, error, None, None)
+    run = folder.run()
+    per_step = run["flops_per_token"]["model_flops"] * run["tokens_per_step"]
+    total = sum(leg["end"] - leg["start"] for leg in run["legs"])
+    done = total if folder.state == "done" else steps_done(folder, run["legs"])
+    return Standing(experiment, folder.state, error, done * per_step, (total - done) * per_step)
+
+
+def steps_done(folder: RunFolder, legs: list[dict]) -> int:
+    """Steps over all legs up to the newest row of metrics.jsonl."""
+    rows = read_rows(folder.metrics.path)
+    if not rows:
+        return 0
+    newest, before = rows[-1], 0
+    for leg in legs:
+        if leg["budget"] == newest["branch"] and leg["start"] < newest["step"] <= leg["end"]:
+            return before + newest["step"] - leg["start"]
+        before += leg["end"] - leg["start"]
+    return 0

@@ -1,0 +1,1 @@
+"""One trajectory: from an experiment to results at its budgets."""

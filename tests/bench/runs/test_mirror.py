@@ -1,0 +1,38 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.compose import compose_config
+from bench.runs.folder import read_rows
+from bench.runs.mirror import NoMirror, open_mirror
+from bench.training.train import train
+
+
+def test_disabled_is_no_mirror(experiment):
+    assert isinstance(open_mirror(experiment, {}), NoMirror)
+
+
+@pytest.mark.slow
+def test_an_offline_run_holds_our_rows(overrides, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    folder = train(compose_config([*overrides, "wandb=offline", "innovation=[rope]"]))
+    (offline,) = (folder / "wandb").glob("offline-run-*")
+    command = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", str(offline)]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    records = [json.loads(line) for line in lines]
+    history = [record["history"]["item"] for record in records if record["type"] == "history"]
+    ours = read_rows(folder / "metrics.jsonl")
+    assert [row["train_loss"] for row in history if "grad_norm" in row] == [row["train_loss"] for row in ours]
+    assert [row["val_loss"] for row in history if "val_loss" in row] == [
+        row["val_loss"] for row in read_rows(folder / "results.jsonl")
+    ]
+    metrics = {record["metric"].get("name"): record["metric"] for record in records if record["type"] == "metric"}
+    assert metrics["val_loss"]["step_metric"] == "model_flops"
+    assert metrics["val_loss"]["summary"] == {"min": True}
+    (run,) = (record["run"] for record in records if record["type"] == "run")
+    assert (run["project"], run["run_group"], run["job_type"], run["tags"]) == ("cegbench", "test", "train", ["rope"])
+    assert run["config"]["update"]["settings"]["model"]["position"] == "rope"

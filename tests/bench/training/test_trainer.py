@@ -1,0 +1,311 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bench.compose import compose_config
+from bench.config import settle
+from bench.data import open_dataset
+from bench.errors import UserError
+from bench.runs.folder import RunFolder, read_rows
+from bench.runs.mirror import NoMirror
+from bench.training.device import open_device
+from bench.training.schedule import WSD
+from bench.training.trainer import Diverged, Trainer
+
+ROOT = Path(__file__).parents[3]
+CLOCKS = ("seconds",)
+
+
+def make_trainer(overrides, *more) -> Trainer:
+    experiment = settle(compose_config([*overrides, *more]))
+    dataset = open_dataset(experiment.data, Path(experiment.paths.data))
+    folder = RunFolder(experiment.folder)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    return Trainer(experiment, dataset, open_device(experiment.device), folder)
+
+
+def rows_without_clocks(path: Path) -> list[dict]:
+    return [{key: value for key, value in row.items() if key not in CLOCKS} for row in read_rows(path)]
+
+
+def final_weights(trainer_or_folder) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    (newest,) = trainer_or_folder.checkpoints.iterdir()
+    return load_file(newest / "model.safetensors")
+
+
+def assert_same_run(one: RunFolder, other: RunFolder) -> None:
+    for name in ("metrics.jsonl", "results.jsonl"):
+        assert rows_without_clocks(one.path / name) == rows_without_clocks(other.path / name), name
+    ours, theirs = final_weights(one), final_weights(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_trajectory_ends_in_a_result_for_each_budget(overrides):
+    trainer = make_trainer(overrides)
+    trainer.run(NoMirror())
+    results = read_rows(trainer.folder.results.path)
+    assert [row["budget"] for row in results] == [3e7, 7e7, 14e7]
+    for row in results:
+        per_step = trainer.costs.flops["model_flops"]
+        assert row["step"] == row["budget"] // per_step
+        assert row["model_flops"] == row["step"] * per_step <= row["budget"]
+        assert row["tokens"] == row["step"] * 4 * 32
+        assert 0 < row["val_loss"] < 6
+        assert row["val_loss_se"] > 0
+        assert row["val_tokens"] == 512
+        assert row["bits_per_byte"] == pytest.approx(row["val_loss"] / math.log(2))
+        assert row["seconds"] > 0
+        assert row["joules"] is None
+        assert row["dollars"] is None
+    assert results[-1]["val_loss"] < results[0]["val_loss"] < math.log(256) + 0.1
+
+
+def test_metrics_hold_every_step_of_every_leg_once(overrides):
+    trainer = make_trainer(overrides)
+    trainer.run(NoMirror())
+    rows = read_rows(trainer.folder.metrics.path)
+    expected = [(step, leg.budget) for leg in trainer.legs for step in range(leg.start + 1, leg.end + 1)]
+    assert [(row["step"], row["branch"]) for row in rows] == expected
+    assert all(isinstance(trainer.schedule, WSD) and 0 < row["lr"] <= 1e-3 for row in rows)
+
+
+def test_a_branch_equals_a_trajectory_trained_for_that_budget_alone(overrides, tmp_path):
+    """Branches leave the trunk's state untouched, and the trunk theirs: each result stands for itself."""
+    together = make_trainer(overrides, "schedule.warmup=0")
+    together.run(NoMirror())
+    for budget, row in zip((3e7, 7e7, 14e7), rows_without_clocks(together.folder.results.path), strict=True):
+        alone = make_trainer(overrides, "schedule.warmup=0", f"budgets=[{budget}]", f"paths.runs={tmp_path}/alone")
+        alone.run(NoMirror())
+        assert rows_without_clocks(alone.folder.results.path) == [row]
+
+
+def test_cosine_trains_each_budget_from_scratch(overrides, tmp_path):
+    together = make_trainer(overrides, "schedule=cosine")
+    together.run(NoMirror())
+    alone = make_trainer(overrides, "schedule=cosine", "budgets=[140000000]", f"paths.runs={tmp_path}/alone")
+    alone.run(NoMirror())
+    assert rows_without_clocks(together.folder.results.path)[-1:] == rows_without_clocks(alone.folder.results.path)
+
+
+class Cut(Exception):
+    """Stands for a kill between two steps."""
+
+
+def train_with_cuts(overrides, cuts: list[int]) -> RunFolder:
+    """Trains, cut after so many steps each time, from new objects each time; checkpoints after every second step."""
+    for limit in [*cuts, 10**9]:
+        trainer = make_trainer(overrides, "logging.checkpoint_seconds=0")
+        taken, train_step = 0, trainer.train_step
+
+        def step(rate, train_step=train_step, limit=limit):
+            nonlocal taken
+            if taken == limit:
+                raise Cut
+            taken += 1
+            return train_step(rate)
+
+        trainer.train_step = step
+        try:
+            trainer.run(NoMirror())
+        except Cut:
+            torch.manual_seed(999)  # a new process would not have this one's generators
+            continue
+    return trainer.folder
+
+
+@pytest.mark.parametrize("cuts", [[0], [1, 1, 1], [3, 0, 5], [7, 9], list(range(6))])
+@pytest.mark.parametrize("schedule", ["wsd", "cosine"])
+def test_a_cut_trajectory_ends_with_the_same_bits(overrides, tmp_path, cuts, schedule):
+    common = [*overrides, "model.dropout=0.1", f"schedule={schedule}"]
+    whole = make_trainer(common, f"paths.runs={tmp_path}/whole")
+    whole.run(NoMirror())
+    assert_same_run(whole.folder, train_with_cuts(common, cuts))
+
+
+def test_rows_written_after_the_checkpoint_are_not_doubled(overrides, tmp_path):
+    common = [*overrides, "logging.checkpoint_seconds=1000"]
+    whole = make_trainer(common, f"paths.runs={tmp_path}/whole")
+    whole.run(NoMirror())
+    cut = make_trainer(common)
+    steps = 0
+    train_step = cut.train_step
+
+    def stop_late(rate):
+        nonlocal steps
+        steps += 1
+        if steps == 12:
+            raise Cut
+        return train_step(rate)
+
+    cut.train_step = stop_late
+    with pytest.raises(Cut):
+        cut.run(NoMirror())
+    with cut.folder.metrics.path.open("a") as file:
+        file.write('{"step": 13, "tr')  # a row cut short by the kill
+    again = make_trainer(common)
+    again.run(NoMirror())
+    assert_same_run(whole.folder, again.folder)
+
+
+@pytest.mark.slow
+def test_kill_minus_nine_anywhere(overrides, tmp_path):
+    """Also where the machine offers another number of threads after the kill."""
+    common = [*overrides, "model.dropout=0.1", "logging.checkpoint_seconds=0.05", "budgets=[3e8,9e8,27e8]"]
+    whole = make_trainer(common, f"paths.runs={tmp_path}/whole")
+    whole.run(NoMirror())
+    command = [sys.executable, "-m", "bench", "train", *common]
+    rows = settle(compose_config(common)).folder / "metrics.jsonl"
+    generator = np.random.default_rng(0)
+    kills = 0
+    for threads in ("1", "2", "1", "2"):
+        size = rows.stat().st_size if rows.exists() else 0
+        environment = {**os.environ, "OMP_NUM_THREADS": threads}
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env=environment)
+        while process.poll() is None and not (rows.exists() and rows.stat().st_size > size):
+            time.sleep(0.01)
+        time.sleep(generator.uniform(0, 0.5))
+        kills += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert kills > 0
+    assert subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode == 0
+    assert_same_run(whole.folder, RunFolder(rows.parent))
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 4, 100])
+def test_the_loss_does_not_depend_on_how_the_batch_is_split(overrides, micro_batch):
+    whole = make_trainer(overrides)
+    split = make_trainer(overrides, f"device.micro_batch={micro_batch}")
+    for _ in range(3):
+        expected, got = whole.train_step(1e-3), split.train_step(1e-3)
+        assert got == pytest.approx(expected, rel=1e-5)
+        whole.progress.step += 1
+        split.progress.step += 1
+
+
+def test_variants_share_data_order_and_common_weights(overrides):
+    one, other = make_trainer(overrides), make_trainer(overrides, "innovation=[rope,layer_norm]")
+    assert all(torch.equal(a, b) for a, b in zip(one.batch(), other.batch(), strict=True))
+    shared = dict(one.model.named_parameters())
+    common = [name for name, _ in other.model.named_parameters() if name in shared]
+    assert len(common) > 5
+    assert all(torch.equal(shared[name], dict(other.model.named_parameters())[name]) for name in common)
+
+
+def test_flash_attention_learns_the_same(overrides, tmp_path):
+    losses = []
+    for innovation in ("", "flash_attention"):
+        trainer = make_trainer(overrides, f"innovation=[{innovation}]")
+        trainer.run(NoMirror())
+        losses.append(read_rows(trainer.folder.results.path)[-1]["val_loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_not_finite_stops_before_the_update(overrides, what):
+    trainer = make_trainer(overrides)
+    trainer.train_step(1e-3)
+    trainer.progress.step = 1
+    if what == "loss":
+        with torch.no_grad():
+            trainer.model.token_embedding.weight[:] = math.nan
+    else:
+        trainer.model.token_embedding.weight.register_hook(lambda gradient: gradient * math.inf)
+    before = [parameter.clone() for parameter in trainer.model.parameters()]
+    with pytest.raises(Diverged, match=r"step 1: (loss|gradient norm) .* no update was made"):
+        trainer.train_step(1e-3)
+    for old, new in zip(before, trainer.model.parameters(), strict=True):
+        assert torch.equal(old, new) or (old.isnan() == new.isnan()).all()
+
+
+def test_gradients_are_clipped(overrides):
+    trainer = make_trainer(overrides, "optimizer.clip=0.001")
+    norms = []
+    trainer.optimizer.register_step_pre_hook(
+        lambda optimizer, *_: norms.append(
+            math.sqrt(sum((p.grad**2).sum().item() for group in optimizer.param_groups for p in group["params"]))
+        )
+    )
+    _, reported = trainer.train_step(1e-3)
+    assert reported > 0.01
+    assert norms[0] == pytest.approx(0.001, rel=1e-3)
+
+
+def test_evaluations_in_mid_schedule_are_in_metrics(overrides):
+    trainer = make_trainer(overrides, "evaluation.every=5", "logging.every=1000")
+    trainer.run(NoMirror())
+    rows = read_rows(trainer.folder.metrics.path)
+    assert {row["step"] for row in rows if row["val_loss"] is not None} == {
+        step for leg in trainer.legs for step in range(leg.start + 1, leg.end + 1) if step % 5 == 0
+    }
+
+
+def test_a_damaged_checkpoint_is_passed_over(overrides, tmp_path, capsys):
+    whole = make_trainer(overrides, f"paths.runs={tmp_path}/whole")
+    whole.run(NoMirror())
+    trainer = make_trainer(overrides, "logging.checkpoint_seconds=0")
+    steps = 0
+    train_step = trainer.train_step
+
+    def stop(rate):
+        nonlocal steps
+        steps += 1
+        if steps == 9:
+            raise Cut
+        return train_step(rate)
+
+    trainer.train_step = stop
+    with pytest.raises(Cut):
+        trainer.run(NoMirror())
+    newest = sorted(trainer.folder.checkpoints.iterdir())[-1]
+    weights = newest / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    again = make_trainer(overrides, "logging.progress=lines")
+    again.run(NoMirror())
+    assert f"{newest.name} is damaged" in capsys.readouterr().out
+    assert_same_run(whole.folder, again.folder)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("budgets=[10]", "too small for one step"),
+        ("budgets=[140000000,140000001]", "same number of steps"),
+        ("evaluation.tokens=100000000", "validation"),
+        ("model.context=1000000", "window"),
+    ],
+)
+def test_settings_that_do_not_fit_the_data_are_refused(overrides, override, sentence):
+    with pytest.raises(UserError, match=sentence):
+        make_trainer(overrides, override)
+
+
+def test_compiled_training_matches(overrides):
+    plain = make_trainer(overrides)
+    compiled = make_trainer(overrides)
+    compiled.forward = torch.compile(compiled.model, backend="aot_eager")
+    compiled.experiment = replace(compiled.experiment, device=replace(compiled.experiment.device, compile=True))
+    generators = torch.get_rng_state()
+    compiled.warm_up()
+    assert torch.equal(generators, torch.get_rng_state())
+    assert compiled.train_step(1e-3) == pytest.approx(plain.train_step(1e-3), rel=1e-5)
+
+
+def test_rows_are_json_without_nan(overrides):
+    trainer = make_trainer(overrides)
+    trainer.run(NoMirror())
+    for line in trainer.folder.metrics.path.read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(name))
