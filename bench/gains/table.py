@@ -1,0 +1,142 @@
+"""A study's runs on disk as tables."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from bench.errors import UserError
+from bench.runs.folder import RunFolder, read_rows
+
+# FLOP columns are floats here: counts of a large run do not fit in 64-bit integers.
+COSTS = {
+    "tokens": pl.Float64,
+    "seconds": pl.Float64,
+    "joules": pl.Float64,
+    "dollars": pl.Float64,
+    "model_flops": pl.Float64,
+    "flops_6nd": pl.Float64,
+    "flops_6nd_head": pl.Float64,
+    "flops_palm": pl.Float64,
+    "optimizer_flops": pl.Float64,
+}
+KEYS = {
+    "study": pl.String,
+    "scale": pl.String,
+    "variant": pl.String,
+    "innovations": pl.List(pl.String),
+    "seed": pl.Int64,
+    "lr": pl.Float64,
+    "run": pl.String,
+}
+RESULTS = {
+    **KEYS,
+    "budget": pl.Float64,
+    "step": pl.Int64,
+    "train_loss": pl.Float64,
+    "val_loss": pl.Float64,
+    "val_loss_se": pl.Float64,
+    "val_tokens": pl.Int64,
+    "bits_per_byte": pl.Float64,
+    **COSTS,
+}
+CURVES = {
+    **KEYS,
+    "branch": pl.Float64,
+    "step": pl.Int64,
+    "train_loss": pl.Float64,
+    "val_loss": pl.Float64,
+    "grad_norm": pl.Float64,
+    **COSTS,
+}
+PROVENANCE = ("git_commit", "device", "versions", "started", "parameters", "flops_per_token")
+
+
+def read_runs(study_folder: Path) -> list[dict[str, Any]]:
+    """Every run of a study: `path` relative to the study's folder, `state` (as RunFolder has it), provenance.
+
+    Raises:
+        UserError: there is no such folder, or a run.json cannot be read.
+    """
+    if not study_folder.is_dir():
+        raise UserError(f"there is no folder {study_folder}: train the study first")
+    runs = []
+    for file in sorted(study_folder.glob("*/*/*/run.json")):
+        try:
+            run = json.loads(file.read_text())
+            identity = {key: run[key] for key in ("study", "scale", "variant", "innovations", "seed", "lr")}
+        except ValueError:
+            raise UserError(f"{file} is not valid JSON: delete the run's folder and train it again") from None
+        except KeyError as error:
+            raise UserError(f"{file} has no {error}: delete the run's folder and train it again") from None
+        path = file.parent.relative_to(study_folder).as_posix()
+        provenance = {key: run.get(key) for key in PROVENANCE}
+        runs.append({"path": path, **identity, "state": RunFolder(file.parent).state, **provenance})
+    return runs
+
+
+def read_results(study_folder: Path, runs: list[dict[str, Any]] | None = None) -> pl.DataFrame:
+    """The losses that count: a row per finished budget of each trajectory that is DONE, with the columns of RESULTS.
+
+    `runs` are those of `read_runs` to take, by default all.
+    `lr` is the trajectory's peak rate and `run` its folder, relative to the study's. What was not measured is null.
+
+    Raises:
+        UserError: a file cannot be read, or two folders hold a result for one scale, variant, seed, rate and budget.
+    """
+    results = _read_table(study_folder, runs, "results.jsonl", RESULTS, required=("budget", "val_loss"))
+    same = ["scale", "variant", "seed", "lr", "budget"]
+    twice = results.group_by(same, maintain_order=True).agg(pl.col("run")).filter(pl.col("run").list.len() > 1)
+    for row in twice.iter_rows(named=True):
+        folders = sorted(str(study_folder / run) for run in set(row["run"]))
+        raise UserError(
+            f"two results for {row['variant']} at {row['scale']}, seed {row['seed']}, lr {row['lr']:g}, "
+            f"budget {row['budget']:.3g}, in {' and '.join(folders)}: a setting changed in between; "
+            "delete the folder that is out of date"
+        )
+    return results
+
+
+def read_curves(study_folder: Path, runs: list[dict[str, Any]] | None = None) -> pl.DataFrame:
+    """Losses in mid-schedule: the rows with a `val_loss` of each DONE trajectory's metrics; columns of CURVES.
+
+    `runs` are those of `read_runs` to take, by default all.
+    `branch` is the budget whose cooldown the row belongs to, null on the trunk.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    return _read_table(study_folder, runs, "metrics.jsonl", CURVES, required=("step",)).filter(
+        pl.col("val_loss").is_not_null()
+    )
+
+
+def _read_table(
+    study_folder: Path, runs: list[dict[str, Any]] | None, name: str, schema: dict[str, Any], required: tuple[str, ...]
+) -> pl.DataFrame:
+    columns: dict[str, list[Any]] = {column: [] for column in schema}
+    for run in read_runs(study_folder) if runs is None else runs:
+        if run["state"] != "done":
+            continue
+        file = study_folder / run["path"] / name
+        for row in _read_complete(file, required):
+            values = {**row, **{key: run[key] for key in KEYS if key != "run"}, "run": run["path"]}
+            for column in columns:
+                columns[column].append(values.get(column))
+    try:
+        return pl.DataFrame(columns, schema=schema, strict=True)
+    except (TypeError, pl.exceptions.PolarsError) as error:
+        raise UserError(f"a {name} in {study_folder} holds a value of the wrong kind: {error}") from None
+
+
+def _read_complete(file: Path, required: tuple[str, ...]) -> list[dict[str, Any]]:
+    try:
+        rows = read_rows(file)
+    except ValueError:
+        raise UserError(f"{file} is not valid JSON: delete the run's folder and train it again") from None
+    for row in rows:
+        for key in required:
+            if key not in row:
+                raise UserError(f"{file} has a row without {key!r}: delete the run's folder and train it again")
+    return rows
