@@ -1,0 +1,135 @@
+"""The report of a study: one HTML file that holds its tables, its figures and plotly itself, and needs no network."""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup, escape
+
+from bench.report import figures
+from bench.report import format as formats
+from bench.report.ratio_axis import RatioAxis
+
+FOLDER = Path(__file__).parent
+PHRASES = {
+    "gain": "gain",
+    "loss": "lose",
+    "contains 1": "cannot be told from no change",
+    "bound only": "known only as a bound",
+    "no interval": "without an interval",
+    "unknown": "without a result",
+}
+
+
+def write_report(gains: Mapping, path: Path) -> Path:
+    """Write the report of `gains` (the contents of gains.json) to `path`, replacing what is there; returns the path.
+
+    The file appears whole or not at all.
+    """
+    from plotly.offline import get_plotlyjs
+
+    path = Path(path)
+    page = _environment().get_template("report.html.j2").render(**_page(gains), plotly=Markup(get_plotlyjs()))
+    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    beside.write_text(page, encoding="utf-8")
+    beside.replace(path)
+    return path
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    environment.tests["bound"] = formats.is_bound
+    environment.filters |= {
+        "printable": formats.printable,
+        "breakable": _breakable,
+        "number": formats.format_number,
+        "parts": lambda gain: formats.gain_parts(gain, typographic=True),
+        "interval": lambda interval: formats.format_interval(interval, typographic=True),
+        "slope": lambda slope: formats.format_slope(slope, typographic=True),
+        "compute": lambda value: formats.format_compute(value, typographic=True),
+        "axis_label": formats.axis_label,
+        "reading": formats.reading,
+        "reading_words": formats.format_reading,
+        "tuning": formats.format_tuning,
+        "time": formats.format_time,
+        "count": lambda value: "\u2014" if value is None else f"{value:,}",
+    }
+    return environment
+
+
+def _breakable(text: object) -> Markup:
+    """`text`, escaped, where a line may break after the signs that join the parts of a path or a variant's name."""
+    return Markup(re.sub(r"([+/,])", r"\1<wbr>", str(escape(formats.printable(text)))))
+
+
+def _page(gains: Mapping) -> dict:
+    """What the template shows, in the template's order."""
+    axes = formats.axes_of(gains)
+    headline_axis = axes[0] if axes else "model_flops"
+    headline = [entry for entry in gains["gains"] if entry["axis"] == headline_axis]
+    scales, models, environments = figures.scales_of(gains), _models(gains["runs"]), []
+    for run in gains["runs"]:
+        if _environment_of(run) not in environments:
+            environments.append(_environment_of(run))
+    by_place = {(entry["scale"], entry["variant"], entry["axis"]): entry for entry in gains["gains"]}
+    return {
+        "gains": gains,
+        "axes": axes,
+        "headline_axis": headline_axis,
+        "scales": scales,
+        "headline": headline,
+        "by_place": by_place,
+        "readings": formats.READINGS,
+        "counts": _counts(headline),
+        "classes": {entry["variant"]: entry for entry in gains["classes"]},
+        "variants": figures.gained_variants(gains),
+        "colours": {variant: figures.colour_of(gains, variant) for variant in figures.variants_of(gains)},
+        "ratio_axis": RatioAxis.around(headline),
+        "figures": figures.all_figures(gains),
+        "in_scale": {scale: {e["variant"] for e in gains["gains"] if e["scale"] == scale} for scale in scales},
+        "environments": environments,
+        "environment_of": [environments.index(_environment_of(run)) + 1 for run in gains["runs"]],
+        "models": models,
+        "parameter_keys": list(dict.fromkeys(key for run in models for key in run.get("parameters") or {})),
+        "flops_keys": list(dict.fromkeys(key for run in models for key in run.get("flops_per_token") or {})),
+    }
+
+
+def _counts(headline: list[Mapping]) -> dict[str, str]:
+    """For each scale a line that says how many variants have each reading, and how many of these are bounds."""
+    lines = {}
+    for scale in dict.fromkeys(entry["scale"] for entry in headline):
+        parts = []
+        for kind, phrase in PHRASES.items():
+            found = [entry for entry in headline if entry["scale"] == scale and formats.reading(entry) == kind]
+            bounds = sum(formats.is_bound(entry) for entry in found)
+            aside = "only a bound" if len(found) == 1 else f"{bounds} of them only a bound"
+            aside = f" ({aside})" if bounds and kind != "bound only" else ""
+            parts += [f"{len(found)} {phrase}{aside}"] if found else []
+        total = sum(entry["scale"] == scale for entry in headline)
+        lines[scale] = f"{total} variant{'' if total == 1 else 's'}: {', '.join(parts)}."
+    return lines
+
+
+def _environment_of(run: Mapping) -> dict:
+    """What ran a run: commit, device and versions, each None where the run did not record it."""
+    return {key: run.get(key) for key in ("git_commit", "device", "versions")}
+
+
+def _models(runs: list[Mapping]) -> list[Mapping]:
+    """One run for each scale and variant, one that recorded its parameters where there is one."""
+    found: dict[tuple, Mapping] = {}
+    for run in runs:
+        place = (run["scale"], run["variant"])
+        if place not in found or not found[place].get("parameters"):
+            found[place] = run
+    return list(found.values())
