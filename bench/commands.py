@@ -1,0 +1,122 @@
+"""The commands of the command line, one function each. What a command needs is imported when it runs."""
+
+import sys
+from pathlib import Path
+
+from bench.compose import compose_all, compose_config, launch, split_sweep
+from bench.config import Experiment, settle, variant_name
+from bench.errors import UserError
+
+
+def prepare(overrides: list[str]) -> int:
+    from bench.data import prepare as prepare_data
+
+    config = compose_config(overrides)
+    folder = prepare_data(settle_data(config), Path(config.paths.data), progress=print)
+    print(folder)
+    return 0
+
+
+def settle_data(config):
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_object(config.data)
+
+
+def train(overrides: list[str]) -> int:
+    multirun = [override for override in overrides if override not in ("-m", "--multirun")]
+    if len(multirun) < len(overrides):
+        return train_many(multirun)
+    from bench.training.train import train as train_trajectory
+
+    print(train_trajectory(compose_config(with_study_settings(overrides))))
+    return 0
+
+
+def with_study_settings(overrides: list[str]) -> list[str]:
+    """Adds the learning rate and the budgets a named study gives this variant, where the command line names none."""
+    from bench.runs.study import budget_override, rate_overrides
+
+    config = compose_config(overrides)
+    variant = variant_name(list(config.innovation))
+    rates = rate_overrides(config.study, config.scale, variant) if config.lr is None else [[]]
+    if len(rates) > 1:
+        choices = ", ".join(rate for (rate,) in rates)
+        raise UserError(f"study {config.study.name} tries several learning rates here: choose one of {choices}")
+    named = any(override.startswith("budgets=") for override in overrides)
+    budgets = [] if named else budget_override(config.study, config.scale, variant)
+    return [*overrides, *budgets, *rates[0]]
+
+
+def train_many(overrides: list[str]) -> int:
+    """Every trajectory of a study, or of a plain sweep; those that failed are listed last."""
+    from bench.data import open_dataset
+    from bench.runs.folder import RunFolder
+    from bench.runs.study import plan_study
+    from bench.training.train import train as train_trajectory
+
+    if names_study(overrides):
+        shared, jobs = overrides, plan_study(overrides)
+    else:
+        shared, jobs = split_sweep(overrides)
+    experiments = [settle(config) for config in compose_all([[*shared, *job] for job in jobs])]
+    states = [RunFolder(experiment.folder).state for experiment in experiments]
+    waiting = [number for number, state in enumerate(states) if state != "done"]
+    print(f"{len(jobs)} trajectories, {len(jobs) - len(waiting)} of them done", flush=True)
+    if not waiting:
+        return 0
+    for experiment in experiments:
+        open_dataset(experiment.data, Path(experiment.paths.data))  # once, here, and not in every worker
+    launch(shared, [jobs[number] for number in waiting], train_trajectory)
+    return report_failures([experiments[number] for number in waiting])
+
+
+def names_study(overrides: list[str]) -> bool:
+    return any(override.lstrip("+").split("=", 1)[0] == "study" for override in overrides)
+
+
+def report_failures(experiments: list[Experiment]) -> int:
+    """Lists the trajectories that are not done; the exit status is 1 where there are any."""
+    from bench.runs.folder import RunFolder
+
+    failed = [folder for folder in (RunFolder(e.folder) for e in experiments) if folder.state != "done"]
+    for folder in failed:
+        why = folder.failure if folder.state == "failed" else folder.state
+        print(f"failed: {folder.path}: {why}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def status(overrides: list[str]) -> int:
+    from bench.report.status import print_status
+    from bench.runs.study import stand, study_experiments
+
+    print_status([stand(experiment) for experiment in study_experiments(overrides)])
+    return 0
+
+
+def gains(overrides: list[str]) -> int:
+    """Measures the gains of a study; trajectories of other settings that lie beside its own are left out."""
+    import json
+
+    from bench.gains import compute_gains
+    from bench.report import print_gains, write_report
+    from bench.runs.folder import write_whole
+    from bench.runs.study import study_experiments
+
+    config = compose_config(overrides)
+    folder = Path(config.paths.runs) / config.study.name
+    planned = [experiment.folder for experiment in study_experiments(overrides)] if config.study.variants else None
+    found = compute_gains(
+        folder, baseline=variant_name(list(config.study.baseline)), estimator=config.estimator, planned=planned
+    )
+    write_whole(folder / "gains.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
+    report = write_report(found, folder / "report.html")
+    print_gains(found)
+    print(f"report: {report.resolve()}")
+    return 0
+
+
+def speed(overrides: list[str]) -> int:
+    from bench.speed import measure
+
+    return measure(overrides)
