@@ -53,7 +53,7 @@ def train_many(overrides: list[str]) -> int:
     from bench.data import open_dataset
     from bench.runs.folder import RunFolder
     from bench.runs.study import plan_study
-    from bench.training.train import train as train_trajectory
+    from bench.training.train import train_in_turn
 
     if names_study(overrides):
         shared, jobs = overrides, plan_study(overrides)
@@ -67,7 +67,7 @@ def train_many(overrides: list[str]) -> int:
         return 0
     for experiment in experiments:
         open_dataset(experiment.data, Path(experiment.paths.data))  # once, here, and not in every worker
-    launch(shared, [jobs[number] for number in waiting], train_trajectory)
+    launch(shared, [jobs[number] for number in waiting], train_in_turn)
     return report_failures([experiments[number] for number in waiting])
 
 

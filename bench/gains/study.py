@@ -175,15 +175,19 @@ def _unfinished(runs: list[dict[str, Any]]) -> list[str]:
 
 
 def _measured_axes(results: pl.DataFrame, runs: list[dict[str, Any]], warnings: list[str]) -> list[str]:
-    axes = []
+    axes, unmeasured = [], []
     for axis in AXES:
         good = (results[axis].is_finite() & (results[axis] > 0)).fill_null(False)
         if good.all():
             axes.append(axis)
+        elif results[axis].is_null().all():
+            unmeasured.append(axis)
         else:
             warnings.append(
                 f"The axis {axis} is left out: {(~good).sum()} of {len(good)} results have no number above 0 there."
             )
+    if unmeasured:
+        warnings.append(f"Not measured in these runs: {', '.join(unmeasured)}.")
     if not axes:
         raise UserError("no cost axis has a number above 0 in every result: nothing to measure gains in")
     devices = sorted({str(run["device"]) for run in runs if run["state"] == "done"})

@@ -101,9 +101,11 @@ class RunFolder:
             return False
 
     @contextmanager
-    def claimed(self) -> Iterator[None]:
+    def claimed(self, *, wait: bool = False) -> Iterator[None]:
         """Held while a process trains here; the claim dies with the process.
 
+        Args:
+            wait: until another process on this machine has let go of it.
         Raises:
             UserError: the folder cannot be written, or another process on this machine holds it.
         """
@@ -113,7 +115,9 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}; choose another paths.runs") from None
         with lock:
-            if not _claim(lock):
+            if wait:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            elif not _claim(lock):
                 raise UserError(f"another process is training {self.path}: wait for it or stop it")
             yield
 

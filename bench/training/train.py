@@ -23,9 +23,11 @@ from bench.training.trainer import Trainer
 PACKAGES = ("torch", "numpy", "triton")
 
 
-def train(config: DictConfig) -> Path:
+def train(config: DictConfig, *, wait: bool = False) -> Path:
     """Trains the trajectory of a composed configuration, unless it is done, and returns its folder.
 
+    Args:
+        wait: where another process is training it, wait until that has stopped.
     Raises:
         UserError: a mistake in the settings, or not enough memory.
         Diverged: the loss or a gradient was not finite; FAILED in the folder holds the account.
@@ -34,7 +36,9 @@ def train(config: DictConfig) -> Path:
     folder = RunFolder(experiment.folder)
     if folder.state == "done":
         return folder.path
-    with folder.claimed():
+    with folder.claimed(wait=wait):
+        if folder.state == "done":
+            return folder.path
         folder.begin()
         try:
             _train(experiment, folder, config)
@@ -46,6 +50,11 @@ def train(config: DictConfig) -> Path:
             folder.fail(traceback.format_exc())
             raise
     return folder.path
+
+
+def train_in_turn(config: DictConfig) -> None:
+    """The job of a sweep. A worker of a killed sweep may outlive it for one trajectory: its successor waits for it."""
+    train(config, wait=True)
 
 
 def _train(experiment: Experiment, folder: RunFolder, config: DictConfig) -> None:

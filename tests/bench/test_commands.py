@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,30 @@ def test_a_study_from_training_to_report(study, launcher, capsys):
     assert str(runs / "small" / "report.html") in printed
     report = (runs / "small" / "report.html").read_text()
     assert "layer_norm" in report
+
+
+@pytest.mark.slow
+def test_a_sweep_killed_with_its_workers_still_running_goes_on_to_the_same_numbers(study, tmp_path):
+    common = [*as_study_file(study), "budgets=[1e9,2e9,4e9]", "hydra/launcher=joblib", "device.threads=1"]
+    whole, killed = [*common, f"paths.runs={tmp_path}/whole"], [*common, f"paths.runs={tmp_path}/killed"]
+    assert main(["train", "-m", *whole]) == 0
+    command = [sys.executable, "-m", "bench", "train", "-m", *killed]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not list(tmp_path.glob("killed/small/*/*/*/metrics.jsonl")) and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert len(list(tmp_path.glob("killed/small/*/*/*/DONE"))) < 6
+    assert subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode == 0
+    for arguments in (whole, killed):
+        assert main(["gains", *arguments]) == 0
+    one, other = (json.loads((tmp_path / name / "small" / "gains.json").read_text()) for name in ("whole", "killed"))
+
+    def counted(gains):
+        return [gain for gain in gains["gains"] if gain["axis"] != "seconds"]
+
+    assert counted(one) == counted(other)
+    assert len(counted(one)) > 10
 
 
 def test_one_failure_stops_no_other_and_is_listed(study, monkeypatch, capsys):

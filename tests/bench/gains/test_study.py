@@ -30,6 +30,13 @@ def test_an_axis_without_a_number_in_every_result_is_left_out(study_folder, valu
     assert study.warnings == ["The axis joules is left out: 2 of 8 results have no number above 0 there."]
 
 
+def test_axes_that_nobody_measured_are_named_in_one_sentence(study_folder):
+    study_folder.add("baseline", LOSSES, change=lambda row: {**row, "joules": None, "dollars": None})
+    study = load(study_folder)
+    assert study.axes == [axis for axis in AXES if axis not in ("joules", "dollars")]
+    assert study.warnings == ["Not measured in these runs: joules, dollars."]
+
+
 def test_no_axis_at_all(study_folder):
     study_folder.add("baseline", LOSSES, change=lambda row: {"budget": row["budget"], "val_loss": row["val_loss"]})
     with pytest.raises(UserError, match="no cost axis has a number above 0 in every result"):
