@@ -66,8 +66,8 @@ def train_many(overrides: list[str]) -> int:
     if not waiting:
         return 0
     for experiment in experiments:
-        open_dataset(experiment.data, Path(experiment.paths.data))  # once, here, and not in every worker
-    launch(shared, [jobs[number] for number in waiting], train_in_turn)
+        open_dataset(experiment.data, Path(experiment.paths.data), progress=print)  # here, and not in every worker
+    launch(shared, [[*jobs[number], f"logging.label={number + 1}/{len(jobs)}"] for number in waiting], train_in_turn)
     return report_failures([experiments[number] for number in waiting])
 
 

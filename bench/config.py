@@ -72,6 +72,7 @@ class LoggingConfig:
     every: int = 10  # steps between rows of metrics.jsonl
     checkpoint_seconds: float = 60.0
     progress: str = "auto"  # auto | bar | lines | none
+    label: str = ""  # before a trajectory's name in its progress; a sweep puts its number there
 
 
 @dataclass

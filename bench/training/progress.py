@@ -1,5 +1,6 @@
 """What a person sees while a trajectory trains: a bar on a terminal, plain lines elsewhere."""
 
+import multiprocessing
 import sys
 import time
 from typing import Any, Protocol
@@ -16,7 +17,8 @@ class ProgressDisplay(Protocol):
 def open_progress(kind: str, title: str, total_steps: int, done_steps: int = 0) -> ProgressDisplay:
     """A display for `total_steps` steps of which `done_steps` were done before; kind: auto | bar | lines | none."""
     if kind == "auto":
-        kind = "bar" if sys.stdout.isatty() else "lines"
+        alone = multiprocessing.parent_process() is None  # workers of a sweep share one terminal
+        kind = "bar" if alone and sys.stdout.isatty() else "lines"
     displays = {"bar": Bar, "lines": Lines, "none": Silent}
     if kind not in displays:
         raise UserError(f"logging.progress={kind} is unknown: choose auto, bar, lines or none")

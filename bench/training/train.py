@@ -63,7 +63,7 @@ def _train(experiment: Experiment, folder: RunFolder, config: DictConfig) -> Non
         threads = folder.run()["threads"]
         experiment = replace(experiment, device=replace(experiment.device, threads=threads))
     device = open_device(experiment.device)
-    dataset = open_dataset(experiment.data, Path(experiment.paths.data))
+    dataset = open_dataset(experiment.data, Path(experiment.paths.data), progress=print)
     trainer = Trainer(experiment, dataset, device, folder)
     run = describe_run(experiment, dataset, device, trainer)
     folder.describe(OmegaConf.to_yaml(config, resolve=True), run)

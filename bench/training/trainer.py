@@ -93,6 +93,12 @@ class Trainer:
         before = sum(leg.end - leg.start for leg in self.legs[: self.progress.leg])
         return before + self.progress.step - self.legs[self.progress.leg].start
 
+    @property
+    def title(self) -> str:
+        experiment = self.experiment
+        name = f"{experiment.scale}/{experiment.variant} seed={experiment.seed} lr={experiment.optimizer.lr:g}"
+        return f"{experiment.logging.label} {name}".strip()
+
     def run(self, mirror: Mirror) -> None:
         """Trains from wherever the folder's checkpoints stand to the last result.
 
@@ -101,8 +107,7 @@ class Trainer:
         """
         self.warm_up()
         passed_over = self.resume()
-        title = f"{self.experiment.scale}/{self.experiment.variant} seed={self.experiment.seed}"
-        display = open_progress(self.experiment.logging.progress, title, self.total_steps, self.steps_done)
+        display = open_progress(self.experiment.logging.progress, self.title, self.total_steps, self.steps_done)
         try:
             for path in passed_over:
                 display.say(f"checkpoint {path.name} is damaged; going on from the one before")
@@ -118,17 +123,15 @@ class Trainer:
             display.close()
 
     def warm_up(self) -> None:
-        """Compiles before the clock runs; leaves weights, gradients and generators as they were."""
+        """Compiles before the clock runs. Leaves weights and gradients as they were; `resume` sets the generators."""
         if not self.experiment.device.compile:
             return
-        generators = torch.get_rng_state()
         inputs, targets = (part[: self.micro_batch] for part in self.batch())
         with self.device.autocast():
             losses = self.forward(inputs, targets)
         losses.sum().backward()
         self.optimizer.zero_grad(set_to_none=True)
         self.evaluate()
-        torch.set_rng_state(generators)
 
     def resume(self) -> list[Path]:
         """Goes back to the newest sound checkpoint, or to the start; returns damaged ones that were passed over."""

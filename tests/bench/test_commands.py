@@ -208,6 +208,24 @@ def test_a_study_gives_a_single_trajectory_its_settings(overrides, capsys):
     assert main(["train", *study, "innovation=[rope]", "lr=0.002"]) == 0
 
 
+@pytest.mark.slow
+def test_the_papers_estimator_needs_evaluations_in_mid_schedule(study, capsys):
+    study = [*as_study_file(study), "study.seeds=[0]", "study.variants=[[],[layer_norm]]", "schedule=cosine"]
+    assert main(["train", "-m", *study]) == 0
+    assert main(["gains", *study, "estimator=steps_to_target"]) == 2
+    assert "evaluation.every=" in capsys.readouterr().err
+    study.append("evaluation.every=2")
+    assert main(["train", "-m", *study]) == 0
+    assert main(["gains", *study, "estimator=steps_to_target"]) == 0
+    runs = Path(settle(compose_config(study)).paths.runs)
+    gains = json.loads((runs / "small" / "gains.json").read_text())
+    assert gains["estimator"] == "steps_to_target"
+    assert gains["caveats"]
+    assert any("trained with other settings" in warning for warning in gains["warnings"])
+    assert main(["gains", *study, "estimator=nope"]) == 2
+    assert "steps_to_target" in capsys.readouterr().err
+
+
 def test_gains_before_training(overrides, capsys):
     assert main(["gains", *overrides]) == 2
     assert "train the study first" in capsys.readouterr().err

@@ -298,9 +298,7 @@ def test_compiled_training_matches(overrides):
     compiled = make_trainer(overrides)
     compiled.forward = torch.compile(compiled.model, backend="aot_eager")
     compiled.experiment = replace(compiled.experiment, device=replace(compiled.experiment.device, compile=True))
-    generators = torch.get_rng_state()
     compiled.warm_up()
-    assert torch.equal(generators, torch.get_rng_state())
     assert compiled.train_step(1e-3) == pytest.approx(plain.train_step(1e-3), rel=1e-5)
 
 
