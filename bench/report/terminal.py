@@ -30,8 +30,8 @@ PLAIN_WIDTH = 240
 def print_gains(gains: Mapping, console: Console | None = None) -> None:
     """Print a table a scale: each variant's CEG with its interval on three cost axes, learning rate, tuning and class.
 
-    gains: the contents of gains.json. Where the console is too narrow for the table, each variant gets lines of its
-    own instead of folded cells. Warnings and caveats follow the tables.
+    gains: the contents of gains.json. A console that is too narrow gets fewer columns and names broken at `+`, and
+    one too narrow for that, lines for each variant. Warnings and caveats follow the tables.
     """
     if console is None:
         console = Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
@@ -57,19 +57,36 @@ def _print_scale(scale: str, entries: list[Mapping], axes: list[str], classes: M
         variant: _cells(variant, entries, axes, classes)
         for variant in dict.fromkeys(entry["variant"] for entry in entries)
     }
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for heading in ("variant", *names):
-        table.add_column(Text(printable(heading)), no_wrap=True)
-    for variant, cells in rows.items():
-        table.add_row(Text(printable(variant)), *cells)
-    unlimited = console.options.update(max_width=10_000)
-    if Measurement.get(console, unlimited, table).maximum <= console.width:
-        console.print(table)
-        return
+    # From the whole table to the least that is still one: folded, then without the class, then without the middle axis.
+    kept = [name for name in names if name != "class"]
+    least = [name for name in kept if name not in names[1 : len(axes) - 1]]
+    for chosen, folded in ((names, False), (names, True), (kept, True), (least, True)):
+        table = _table(names, rows, chosen, folded=folded)
+        if Measurement.get(console, console.options.update(max_width=10_000), table).maximum <= console.width:
+            console.print(table)
+            return
     for variant, cells in rows.items():
         console.print(Text(printable(variant)))
         for heading, cell in zip(names, cells, strict=True):
             console.print(Text.assemble(f"  {printable(heading)}: ", cell))
+
+
+def _table(names: list[str], rows: Mapping[str, list[Text]], chosen: list[str], *, folded: bool) -> Table:
+    """The columns `chosen` of `names`; folded, variants, headings and verdicts break where their parts meet."""
+
+    def fold(text: Text, mark: str) -> Text:
+        if not folded:
+            return text
+        return Text("\n").join(text.split(mark, include_separator=True))
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for heading in ("variant", *chosen):
+        table.add_column(fold(Text(printable(heading)), ", "), no_wrap=True)
+    for variant, cells in rows.items():
+        shown = [cell for name, cell in zip(names, cells, strict=True) if name in chosen]
+        verdicts = [fold(cell, ", " if name == "class" else ": ") for name, cell in zip(chosen, shown, strict=True)]
+        table.add_row(fold(Text(printable(variant)), "+"), *verdicts)
+    return table
 
 
 def _heading(scale: str, entries: list[Mapping], axis: str) -> str:

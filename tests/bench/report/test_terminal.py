@@ -45,7 +45,35 @@ def test_without_a_console_a_pipe_gets_unfolded_plain_ascii(make_gains, capsys):
     assert out.isascii()
 
 
-@pytest.mark.parametrize("width", [20, 40, 80])
+FOLDED = """\
+layer_norm        2.31 [1.80, 2.96]  2.31 [1.80, 2.96]  0.002          tuned
+rope              >= 4.0             >= 4.0             0.002          untuned:
+                                                                       edge of grid
+mqa               <= 0.5             <= 0.5             0.002          tuned
+flash_attention   1.00 [0.96, 1.04]  1.00 [0.96, 1.04]  0.002          tuned
+flash_attention+  3.48 [2.91, inf)   3.48 [2.91, inf)   0.002          tuned
+layer_norm+
+rope
+"""
+
+
+@pytest.mark.parametrize(("width", "axes"), [(122, 3), (105, 3), (86, 2)])
+def test_a_narrower_console_gets_fewer_columns(make_gains, width, axes):
+    out = lines(printed(make_gains(), width=width))
+    assert max(len(line) for line in out) <= width
+    assert sum("2.31 [1.80, 2.96]" in line for line in out) == 1
+    assert next(line for line in out if line.startswith("layer_norm ")).count("2.31 [1.80, 2.96]") == axes
+    folded = [line.split()[0] for line in out if line.startswith(("flash_attention+", "layer_norm+"))]
+    assert folded == ["flash_attention+", "layer_norm+"]
+    assert any("slope" in line for line in out) == (width > 110)
+
+
+def test_the_least_table(make_gains):
+    shown = lines(printed(make_gains(), width=86))
+    assert shown[3:11] == FOLDED.splitlines()
+
+
+@pytest.mark.parametrize("width", [20, 40, 60])
 def test_a_narrow_console_gets_lines_instead_of_folded_cells(make_gains, width):
     out = lines(printed(make_gains(), width=width))
     assert "rope" in out
@@ -58,9 +86,9 @@ def test_a_narrow_console_gets_lines_instead_of_folded_cells(make_gains, width):
 def test_narrow_lines(make_gains, make_gain):
     gains = make_gains(points={"rope": make_gain(interval=None, ceg=1.02)}, seeds=1, axes={"seconds": 1.0})
     gains["classes"] = []
-    assert lines(printed(gains, width=60)) == [
-        "compact: target loss 2.8567, which cost the baseline 4.00e12",
-        "seconds",
+    assert lines(printed(gains, width=40)) == [
+        "compact: target loss 2.8567, which cost",
+        "the baseline 4.00e12 seconds",
         "rope",
         "  CEG, seconds: 1.02 (one seed)",
         "  learning rate: 0.002",
