@@ -120,6 +120,7 @@ def load_study(
     if baseline not in results["variant"]:
         variants = ", ".join(sorted(set(results["variant"])))
         raise UserError(f"the baseline {baseline} has no finished trajectory in {folder}; there are {variants}")
+    _check_same_data(folder, runs)
     warnings += _unfinished(runs)
     axes = _measured_axes(results, runs, warnings)
     tuned: dict[tuple[str, str], TunedVariant] = {}
@@ -156,6 +157,18 @@ def _planned(
             "now and are left out."
         )
     return taken, warnings
+
+
+def _check_same_data(folder: Path, runs: list[dict[str, Any]]) -> None:
+    """Losses on different text say nothing about each other."""
+    first: dict[str, str] = {}
+    for run in runs:
+        fingerprint = (run["data"] or {}).get("fingerprint")
+        if run["state"] == "done" and fingerprint is not None:
+            first.setdefault(fingerprint, run["path"])
+    if len(first) > 1:
+        paths = " and ".join(str(folder / path) for path in list(first.values())[:2])
+        raise UserError(f"{paths} were trained on different data: delete those of the older data and train them again")
 
 
 def _unfinished(runs: list[dict[str, Any]]) -> list[str]:

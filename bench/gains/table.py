@@ -50,7 +50,7 @@ CURVES = {
     "grad_norm": pl.Float64,
     **COSTS,
 }
-PROVENANCE = ("git_commit", "device", "versions", "started", "parameters", "flops_per_token")
+PROVENANCE = ("git_commit", "device", "versions", "data", "started", "parameters", "flops_per_token")
 
 
 def read_runs(study_folder: Path) -> list[dict[str, Any]]:

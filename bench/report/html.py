@@ -121,8 +121,8 @@ def _counts(headline: list[Mapping]) -> dict[str, str]:
 
 
 def _environment_of(run: Mapping) -> dict:
-    """What ran a run: commit, device and versions, each None where the run did not record it."""
-    return {key: run.get(key) for key in ("git_commit", "device", "versions")}
+    """What ran a run and on which text: commit, device, versions and data, each None where it was not recorded."""
+    return {key: run.get(key) for key in ("git_commit", "device", "versions", "data")}
 
 
 def _models(runs: list[Mapping]) -> list[Mapping]:

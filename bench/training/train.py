@@ -64,6 +64,10 @@ def _train(experiment: Experiment, folder: RunFolder, config: DictConfig) -> Non
         experiment = replace(experiment, device=replace(experiment.device, threads=threads))
     device = open_device(experiment.device)
     dataset = open_dataset(experiment.data, Path(experiment.paths.data), progress=print)
+    if folder.described and folder.run()["data"]["fingerprint"] != dataset.fingerprint:
+        raise UserError(
+            f"the data changed since {folder.path} was begun: delete that folder to train it on the new data"
+        )
     trainer = Trainer(experiment, dataset, device, folder)
     run = describe_run(experiment, dataset, device, trainer)
     folder.describe(OmegaConf.to_yaml(config, resolve=True), run)

@@ -119,6 +119,37 @@ def test_what_fails_leaves_its_account_and_is_tried_again(overrides, monkeypatch
     assert folder.state == "done"
 
 
+def test_a_trajectory_does_not_go_on_with_other_data(overrides, tmp_path, monkeypatch, capsys):
+    from bench.training import trainer
+
+    def stop(self, rate):
+        raise KeyboardInterrupt
+
+    text = tmp_path / "own.txt"
+    text.write_text("\n\n\n".join(f"{number} " * 200 for number in range(100)))
+    common = [*overrides, f"data.paths=[{text}]"]
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "train_step", stop)
+        assert main(["train", *common]) == 130
+    text.write_text(text.read_text() + "\n\n\nand one more")
+    assert main(["train", *common]) == 2
+    assert "the data changed since" in capsys.readouterr().err
+
+
+def test_a_gpu_without_memory_is_a_users_matter(overrides, monkeypatch, capsys):
+    import torch
+
+    from bench.training import trainer
+
+    def exhaust(self, rate):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(trainer.Trainer, "train_step", exhaust)
+    assert main(["train", *overrides]) == 2
+    assert capsys.readouterr().err == "error: the GPU ran out of memory: set device.micro_batch below 4\n"
+    assert RunFolder(settle(compose_config(overrides)).folder).state == "failed"
+
+
 def test_a_plain_sweep(overrides, capsys):
     assert main(["train", "-m", *overrides, "innovation=[],[rope,layer_norm]", "seed=0,1"]) == 0
     runs = Path(settle(compose_config(overrides)).paths.runs)

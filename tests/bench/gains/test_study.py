@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 
@@ -169,6 +171,17 @@ def test_a_level_out_of_range(study_folder, level):
 def test_too_few_replicates(study_folder):
     with pytest.raises(UserError, match="replicates must be at least 100; it is 10"):
         load(study_folder, replicates=10)
+
+
+def test_runs_on_different_data_are_not_compared(study_folder):
+    study_folder.add("baseline", LOSSES)
+    study_folder.add("rope", LOSSES)
+    for number, file in enumerate(sorted(study_folder.path.glob("*/*/*/run.json"))):
+        run = json.loads(file.read_text())
+        run["data"] = {"name": "text", "fingerprint": f"{number}"}
+        file.write_text(json.dumps(run))
+    with pytest.raises(UserError, match="trained on different data"):
+        load(study_folder)
 
 
 def test_only_planned_runs_are_taken_and_the_rest_is_named(study_folder):
