@@ -1,11 +1,16 @@
 """A trajectory as a job: skipped when done, resumed when cut, tried again when it failed."""
 
 import importlib.metadata
+import multiprocessing
+import os
 import platform
 import subprocess
+import threading
+import time
 import traceback
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +58,24 @@ def train(config: DictConfig, *, wait: bool = False) -> Path:
 
 
 def train_in_turn(config: DictConfig) -> None:
-    """The job of a sweep. A worker of a killed sweep may outlive it for one trajectory: its successor waits for it."""
+    """The job of a sweep. A worker may outlive a killed sweep for a moment: the sweep's successor waits for it."""
+    if multiprocessing.parent_process() is not None:
+        end_with_parent()
     train(config, wait=True)
+
+
+@cache
+def end_with_parent() -> None:
+    """Ends this worker process when its parent is gone. It would train on, and then wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        while os.getppid() == parent.pid:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _train(experiment: Experiment, folder: RunFolder, config: DictConfig) -> None:

@@ -182,8 +182,14 @@ def test_a_study_from_training_to_report(study, launcher, capsys):
     assert "layer_norm" in report
 
 
+def children(pid: int) -> list[int]:
+    """Process ids; the fourth field of /proc/*/stat is the parent's."""
+    stats = [stat.read_text().rpartition(")") for stat in Path("/proc").glob("[0-9]*/stat")]
+    return [int(head.split()[0]) for head, _, tail in stats if int(tail.split()[1]) == pid]
+
+
 @pytest.mark.slow
-def test_a_sweep_killed_with_its_workers_still_running_goes_on_to_the_same_numbers(study, tmp_path):
+def test_a_killed_sweep_takes_its_workers_along_and_goes_on_to_the_same_numbers(study, tmp_path):
     common = [*as_study_file(study), "budgets=[1e9,2e9,4e9]", "hydra/launcher=joblib", "device.threads=1"]
     whole, killed = [*common, f"paths.runs={tmp_path}/whole"], [*common, f"paths.runs={tmp_path}/killed"]
     assert main(["train", "-m", *whole]) == 0
@@ -191,10 +197,13 @@ def test_a_sweep_killed_with_its_workers_still_running_goes_on_to_the_same_numbe
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     while not list(tmp_path.glob("killed/small/*/*/*/metrics.jsonl")) and process.poll() is None:
         time.sleep(0.01)
+    workers = children(process.pid)
+    assert len(workers) >= 2
     process.kill()
     process.wait()
     assert len(list(tmp_path.glob("killed/small/*/*/*/DONE"))) < 6
     assert subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode == 0
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
     for arguments in (whole, killed):
         assert main(["gains", *arguments]) == 0
     one, other = (json.loads((tmp_path / name / "small" / "gains.json").read_text()) for name in ("whole", "killed"))
