@@ -104,25 +104,27 @@ class Cut(Exception):
     """Stands for a kill between two steps."""
 
 
+def cut_after(trainer: Trainer, steps: int) -> None:
+    """Lets the trainer take so many steps and no more."""
+    left, train_step = iter(range(steps)), trainer.train_step
+
+    def step(rate):
+        if next(left, None) is None:
+            raise Cut
+        return train_step(rate)
+
+    trainer.train_step = step
+
+
 def train_with_cuts(overrides, cuts: list[int]) -> RunFolder:
-    """Trains, cut after so many steps each time, from new objects each time; checkpoints after every second step."""
-    for limit in [*cuts, 10**9]:
+    """Trains, cut after so many steps each time, from new objects each time; a checkpoint follows every step."""
+    for steps in [*cuts, 10**9]:
         trainer = make_trainer(overrides, "logging.checkpoint_seconds=0")
-        taken, train_step = 0, trainer.train_step
-
-        def step(rate, train_step=train_step, limit=limit):
-            nonlocal taken
-            if taken == limit:
-                raise Cut
-            taken += 1
-            return train_step(rate)
-
-        trainer.train_step = step
+        cut_after(trainer, steps)
         try:
             trainer.run(NoMirror())
         except Cut:
             torch.manual_seed(999)  # a new process would not have this one's generators
-            continue
     return trainer.folder
 
 
@@ -140,17 +142,7 @@ def test_rows_written_after_the_checkpoint_are_not_doubled(overrides, tmp_path):
     whole = make_trainer(common, f"paths.runs={tmp_path}/whole")
     whole.run(NoMirror())
     cut = make_trainer(common)
-    steps = 0
-    train_step = cut.train_step
-
-    def stop_late(rate):
-        nonlocal steps
-        steps += 1
-        if steps == 12:
-            raise Cut
-        return train_step(rate)
-
-    cut.train_step = stop_late
+    cut_after(cut, 11)
     with pytest.raises(Cut):
         cut.run(NoMirror())
     with cut.folder.metrics.path.open("a") as file:
@@ -257,17 +249,7 @@ def test_a_damaged_checkpoint_is_passed_over(overrides, tmp_path, capsys):
     whole = make_trainer(overrides, f"paths.runs={tmp_path}/whole")
     whole.run(NoMirror())
     trainer = make_trainer(overrides, "logging.checkpoint_seconds=0")
-    steps = 0
-    train_step = trainer.train_step
-
-    def stop(rate):
-        nonlocal steps
-        steps += 1
-        if steps == 9:
-            raise Cut
-        return train_step(rate)
-
-    trainer.train_step = stop
+    cut_after(trainer, 8)
     with pytest.raises(Cut):
         trainer.run(NoMirror())
     newest = sorted(trainer.folder.checkpoints.iterdir())[-1]
