@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 from bench.compose import compose_all, compose_config, launch, split_sweep
 from bench.config import Experiment, settle, variant_name
 from bench.errors import UserError
@@ -12,21 +14,14 @@ def prepare(overrides: list[str]) -> int:
     from bench.data import prepare as prepare_data
 
     config = compose_config(overrides)
-    folder = prepare_data(settle_data(config), Path(config.paths.data), progress=print)
-    print(folder)
+    print(prepare_data(OmegaConf.to_object(config.data), Path(config.paths.data), progress=print))
     return 0
 
 
-def settle_data(config):
-    from omegaconf import OmegaConf
-
-    return OmegaConf.to_object(config.data)
-
-
 def train(overrides: list[str]) -> int:
-    multirun = [override for override in overrides if override not in ("-m", "--multirun")]
-    if len(multirun) < len(overrides):
-        return train_many(multirun)
+    without_flag = [override for override in overrides if override not in ("-m", "--multirun")]
+    if len(without_flag) < len(overrides):
+        return train_many(without_flag)
     from bench.training.train import train as train_trajectory
 
     print(train_trajectory(compose_config(with_study_settings(overrides))))

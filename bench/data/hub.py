@@ -45,7 +45,7 @@ def _open_stream(config: DataConfig):
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise UserError(f"data={config.name} needs the package datasets: pip install cegbench[data]") from error
+        raise UserError(f"data={config.name} needs the package datasets: pip install -e .[data]") from error
     _check_network(config)
     wanted = {"path": config.dataset, "name": config.subset, "split": config.split, "streaming": True}
     try:

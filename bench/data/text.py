@@ -78,7 +78,7 @@ def _unpack_zstandard(data: bytes) -> bytes:
     try:
         import zstandard
     except ImportError as error:
-        raise UserError("reading .zst needs the package zstandard: pip install cegbench[data]") from error
+        raise UserError("reading .zst needs the package zstandard: pip install -e .[data]") from error
     unpacked = []
     while data:
         frame = zstandard.ZstdDecompressor().decompressobj()

@@ -164,7 +164,7 @@ class TrainedTokenizer:
         try:
             import tokenizers
         except ImportError as error:
-            raise UserError("data.tokenizer=bpe needs the package tokenizers: pip install cegbench[data]") from error
+            raise UserError("data.tokenizer=bpe needs the package tokenizers: pip install -e .[data]") from error
         self._model = tokenizers.Tokenizer(tokenizers.models.BPE())
         self._model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         self._model.decoder = tokenizers.decoders.ByteLevel()

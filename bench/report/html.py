@@ -1,6 +1,5 @@
 """The report of a study: one HTML file that holds its tables, its figures and plotly itself, and needs no network."""
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from markupsafe import Markup, escape
 from bench.report import figures
 from bench.report import format as formats
 from bench.report.ratio_axis import RatioAxis
+from bench.runs.folder import write_whole
 
 FOLDER = Path(__file__).parent
 PHRASES = {
@@ -32,9 +32,7 @@ def write_report(gains: Mapping, path: Path) -> Path:
 
     path = Path(path)
     page = _environment().get_template("report.html.j2").render(**_page(gains), plotly=Markup(get_plotlyjs()))
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    beside.write_text(page, encoding="utf-8")
-    beside.replace(path)
+    write_whole(path, page)
     return path
 
 

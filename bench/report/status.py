@@ -33,7 +33,10 @@ def print_status(standings: Sequence[Standing], console: Console | None = None) 
         )
     console.print(table)
     counts = {state: sum(s.state == state for s in standings) for state in dict.fromkeys(s.state for s in standings)}
-    console.print(", ".join(f"{count} {state}" for state, count in counts.items()) + f" of {len(standings)}")
+    states = ", ".join(f"{count} {state}" for state, count in counts.items())
+    known = [standing.left for standing in standings if standing.left is not None]
+    left = _flops(sum(known)) if len(known) == len(standings) else "an unknown number"
+    console.print(f"{states} of {len(standings)}; {_flops(sum(s.spent for s in standings))} FLOPs spent, {left} left")
 
 
 def _flops(value: float | None) -> str:

@@ -15,7 +15,7 @@ from bench.errors import UserError
 def write_whole(path: Path, text: str) -> None:
     """Writes a file that is either absent, as before, or complete."""
     beside = path.with_name(path.name + ".partial")
-    with beside.open("w") as file:
+    with beside.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -97,7 +97,7 @@ class RunFolder:
         try:
             with (self.path / ".lock").open("r+") as lock:
                 return not _claim(lock)
-        except FileNotFoundError:
+        except OSError:  # no claim yet, or a folder that this process may only read
             return False
 
     @contextmanager

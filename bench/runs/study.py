@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from bench.compose import compose_all, compose_config
@@ -83,25 +84,41 @@ def study_experiments(overrides: Sequence[str]) -> list[Experiment]:
 
 @dataclass(frozen=True)
 class Standing:
-    """A trajectory's line in `status`. FLOPs are model FLOPs over all its legs; None where not yet known."""
+    """A trajectory's line in `status`. Costs are model FLOPs over all its legs."""
 
     experiment: Experiment
     state: str
     error: str
-    spent: float | None
-    left: float | None
+    spent: float
+    left: float | None  # None where the data are not prepared, so that the size of the model is not known
 
 
 def stand(experiment: Experiment) -> Standing:
     folder = RunFolder(experiment.folder)
     error = folder.failure if folder.state == "failed" else ""
     if not folder.described:
-        return Standing(experiment, folder.state, error, None, None)
+        return Standing(experiment, folder.state, error, 0.0, planned_flops(experiment))
     run = folder.run()
     per_step = run["flops_per_token"]["model_flops"] * run["tokens_per_step"]
     total = sum(leg["end"] - leg["start"] for leg in run["legs"])
     done = total if folder.state == "done" else steps_done(folder, run["legs"])
     return Standing(experiment, folder.state, error, done * per_step, (total - done) * per_step)
+
+
+def planned_flops(experiment: Experiment) -> float | None:
+    """Model FLOPs that a trajectory will take; None where its data are not prepared."""
+    import torch
+
+    from bench.data.preparation import prepared_folder, read_meta
+    from bench.training.plan import plan_trajectory
+    from models.gpt import GPT
+
+    prepared = prepared_folder(experiment.data, Path(experiment.paths.data))
+    if not prepared.is_dir():
+        return None
+    with torch.device("meta"):
+        model = GPT(experiment.model_config(read_meta(prepared)["vocabulary_size"]))
+    return float(plan_trajectory(experiment, model).model_flops)
 
 
 def steps_done(folder: RunFolder, legs: list[dict]) -> int:

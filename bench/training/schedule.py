@@ -88,6 +88,10 @@ class Leg:
     end: int
     budget: float | None  # model FLOPs; None = the trunk
 
+    @property
+    def steps(self) -> int:
+        return self.end - self.start
+
     def rate(self, schedule: Schedule, step: int) -> float:
         return schedule.rate(step, None if self.budget is None else self.end)
 

@@ -2,7 +2,6 @@
 
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from bench.config import Experiment
 from bench.data import Dataset, Loader, evaluation_batch
-from bench.errors import TrajectoryFailed, UserError
+from bench.errors import TrajectoryFailed
 from bench.runs.folder import RunFolder
 from bench.runs.mirror import Mirror
 from bench.training.checkpoint import (
@@ -24,27 +23,14 @@ from bench.training.checkpoint import (
 from bench.training.device import Device
 from bench.training.evaluation import Evaluation, Evaluator
 from bench.training.optimizer import build_optimizer
+from bench.training.plan import plan_trajectory
 from bench.training.progress import ProgressDisplay, open_progress
-from bench.training.schedule import Leg, build_schedule, plan_legs, steps_within
-from models.flops import adamw_flops, flops_per_sequence
+from bench.training.schedule import Leg
 from models.gpt import GPT
 
 
 class Diverged(TrajectoryFailed):
     """A loss or gradient that is not finite; the weights are those from before the step."""
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What a step costs on every axis that follows from the number of steps."""
-
-    tokens: int
-    flops: dict[str, int]
-    optimizer_flops: int
-
-    def after(self, step: int) -> dict[str, int]:
-        columns = {name: step * value for name, value in self.flops.items()}
-        return {"tokens": step * self.tokens, **columns, "optimizer_flops": step * self.optimizer_flops}
 
 
 class Trainer:
@@ -71,26 +57,18 @@ class Trainer:
             micro_batch=max(self.micro_batch, 1),
             device=device,
         )
-        self.costs = Costs(
-            tokens=sequences * config.context,
-            flops={name: sequences * value for name, value in flops_per_sequence(self.model, config.context).items()},
-            optimizer_flops=adamw_flops(self.model.parameter_counts()["total"]),
-        )
-        steps = [steps_within(budget, self.costs.flops["model_flops"]) for budget in experiment.budgets]
-        if len(set(steps)) < len(steps):
-            raise UserError(f"two of the budgets pay for the same number of steps ({steps}): set them further apart")
-        self.schedule = build_schedule(experiment.schedule, steps)
-        self.legs = plan_legs(self.schedule, experiment.budgets, steps)
+        plan = plan_trajectory(experiment, self.model)
+        self.costs, self.schedule, self.legs = plan.costs, plan.schedule, plan.legs
         self.progress = Progress(leg=0, step=0, seconds=0.0, joules=None, metrics_size=0, results_size=0)
         self.train_loss = math.nan
 
     @property
     def total_steps(self) -> int:
-        return sum(leg.end - leg.start for leg in self.legs)
+        return sum(leg.steps for leg in self.legs)
 
     @property
     def steps_done(self) -> int:
-        before = sum(leg.end - leg.start for leg in self.legs[: self.progress.leg])
+        before = sum(leg.steps for leg in self.legs[: self.progress.leg])
         return before + self.progress.step - self.legs[self.progress.leg].start
 
     @property

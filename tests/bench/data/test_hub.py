@@ -114,7 +114,7 @@ def test_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError) as error:
         next(hub.stream_documents(FINEWEB))
-    assert str(error.value) == "data=fineweb needs the package datasets: pip install cegbench[data]"
+    assert str(error.value) == "data=fineweb needs the package datasets: pip install -e .[data]"
 
 
 def test_prepare_from_the_hub(fake_hub, tmp_path):

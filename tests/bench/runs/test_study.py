@@ -1,5 +1,6 @@
 import pytest
 
+from bench.compose import compose_config
 from bench.errors import UserError
 from bench.runs.folder import RunFolder
 from bench.runs.study import plan_study, stand, steps_done, study_experiments
@@ -119,7 +120,7 @@ def test_standing(overrides, tmp_path):
     folder.path.mkdir(parents=True)
     folder.fail("Traceback\nUserError: no such file\n")
     standing = stand(experiment)
-    assert (standing.state, standing.error, standing.spent) == ("failed", "UserError: no such file", None)
+    assert (standing.state, standing.error, standing.spent) == ("failed", "UserError: no such file", 0)
     folder.begin()
     folder.describe("", {"flops_per_token": {"model_flops": 10.0}, "tokens_per_step": 100, "legs": LEGS})
     folder.metrics.append({"step": 10, "branch": 1e9})
@@ -127,3 +128,19 @@ def test_standing(overrides, tmp_path):
     assert (standing.state, standing.spent, standing.left) == ("unfinished", 10_000, 12_000)
     folder.finish()
     assert (stand(experiment).spent, stand(experiment).left) == (22_000, 0)
+
+
+def test_what_is_left_of_a_trajectory_that_was_not_begun(overrides, data_folder):
+    from bench.data import open_dataset
+    from bench.training.train import train
+
+    more = ["study.scales=[tiny]", "study.variants=[[rope]]"]
+    absent = study_experiments([*overrides, *more, "paths.data=/nowhere"])[0]
+    assert stand(absent).left is None
+    experiment = study_experiments([*overrides, *more])[0]
+    open_dataset(experiment.data, data_folder)
+    planned = stand(experiment)
+    assert (planned.state, planned.spent) == ("absent", 0)
+    train(compose_config([*overrides, "innovation=[rope]"]))
+    done = stand(experiment)
+    assert (done.state, done.spent, done.left) == ("done", planned.left, 0)

@@ -1,0 +1,53 @@
+"""What a trajectory will do and what that costs, known before the first step."""
+
+from dataclasses import dataclass
+
+from bench.config import Experiment
+from bench.errors import UserError
+from bench.training.schedule import Leg, Schedule, build_schedule, plan_legs, steps_within
+from models.flops import adamw_flops, flops_per_sequence
+from models.gpt import GPT
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What one optimizer step costs on every axis that follows from the number of steps."""
+
+    tokens: int
+    flops: dict[str, int]
+    optimizer_flops: int
+
+    def after(self, step: int) -> dict[str, int]:
+        columns = {name: step * value for name, value in self.flops.items()}
+        return {"tokens": step * self.tokens, **columns, "optimizer_flops": step * self.optimizer_flops}
+
+
+@dataclass(frozen=True)
+class Plan:
+    costs: Costs
+    schedule: Schedule
+    legs: list[Leg]
+
+    @property
+    def model_flops(self) -> int:
+        """Of all legs, branches included."""
+        return self.costs.flops["model_flops"] * sum(leg.steps for leg in self.legs)
+
+
+def plan_trajectory(experiment: Experiment, model: GPT) -> Plan:
+    """The plan for an experiment and its model, whose weights do not matter.
+
+    Raises:
+        UserError: a budget is too small for one step, or two pay for the same number of steps.
+    """
+    context, sequences = model.config.context, experiment.training.sequences
+    costs = Costs(
+        tokens=sequences * context,
+        flops={name: sequences * value for name, value in flops_per_sequence(model, context).items()},
+        optimizer_flops=adamw_flops(model.parameter_counts()["total"]),
+    )
+    steps = [steps_within(budget, costs.flops["model_flops"]) for budget in experiment.budgets]
+    if len(set(steps)) < len(steps):
+        raise UserError(f"two of the budgets pay for the same number of steps ({steps}): set them further apart")
+    schedule = build_schedule(experiment.schedule, steps)
+    return Plan(costs, schedule, plan_legs(schedule, experiment.budgets, steps))
