@@ -47,7 +47,7 @@ def train_many(overrides: list[str]) -> int:
     """Every trajectory of a study, or of a plain sweep; those that failed are listed last."""
     from bench.data import open_dataset
     from bench.runs.folder import RunFolder
-    from bench.runs.study import plan_study
+    from bench.runs.study import plan_study, planned_flops
     from bench.training.train import train_in_turn
 
     if names_study(overrides):
@@ -62,6 +62,7 @@ def train_many(overrides: list[str]) -> int:
         return 0
     for experiment in experiments:
         open_dataset(experiment.data, Path(experiment.paths.data), progress=print)  # here, and not in every worker
+        planned_flops(experiment)  # a mistake in the settings ends the sweep before it begins
     launch(shared, [[*jobs[number], f"logging.label={number + 1}/{len(jobs)}"] for number in waiting], train_in_turn)
     return report_failures([experiments[number] for number in waiting])
 

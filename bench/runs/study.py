@@ -106,18 +106,21 @@ def stand(experiment: Experiment) -> Standing:
 
 
 def planned_flops(experiment: Experiment) -> float | None:
-    """Model FLOPs that a trajectory will take; None where its data are not prepared."""
+    """Model FLOPs that a trajectory will take; None where its data are not prepared.
+
+    Raises:
+        UserError: its model cannot be built, or a budget is too small.
+    """
     import torch
 
     from bench.data.preparation import prepared_folder, read_meta
-    from bench.training.plan import plan_trajectory
-    from models.gpt import GPT
+    from bench.training.plan import build_model, plan_trajectory
 
     prepared = prepared_folder(experiment.data, Path(experiment.paths.data))
     if not prepared.is_dir():
         return None
     with torch.device("meta"):
-        model = GPT(experiment.model_config(read_meta(prepared)["vocabulary_size"]))
+        model = build_model(experiment, read_meta(prepared)["vocabulary_size"])
     return float(plan_trajectory(experiment, model).model_flops)
 
 

@@ -9,6 +9,19 @@ from models.flops import adamw_flops, flops_per_sequence
 from models.gpt import GPT
 
 
+def build_model(experiment: Experiment, data_vocabulary_size: int) -> GPT:
+    """The model of an experiment on data with that many token ids, with its seed's initial weights.
+
+    Raises:
+        UserError: no such model can be built.
+    """
+    config = experiment.model_config(data_vocabulary_size)
+    try:
+        return GPT(config, seed=experiment.seed)
+    except ValueError as error:
+        raise UserError(f"model: {error}") from None
+
+
 @dataclass(frozen=True)
 class Costs:
     """What one optimizer step costs on every axis that follows from the number of steps."""

@@ -23,10 +23,9 @@ from bench.training.checkpoint import (
 from bench.training.device import Device
 from bench.training.evaluation import Evaluation, Evaluator
 from bench.training.optimizer import build_optimizer
-from bench.training.plan import plan_trajectory
+from bench.training.plan import build_model, plan_trajectory
 from bench.training.progress import ProgressDisplay, open_progress
 from bench.training.schedule import Leg
-from models.gpt import GPT
 
 
 class Diverged(TrajectoryFailed):
@@ -42,17 +41,15 @@ class Trainer:
 
     def __init__(self, experiment: Experiment, dataset: Dataset, device: Device, folder: RunFolder) -> None:
         self.experiment, self.device, self.folder = experiment, device, folder
-        config = experiment.model_config(dataset.vocabulary_size)
-        self.model = GPT(config, seed=experiment.seed).to(device.torch_device)
+        self.model = build_model(experiment, dataset.vocabulary_size).to(device.torch_device)
+        context = self.model.config.context
         self.forward = torch.compile(self.model) if experiment.device.compile else self.model
         self.optimizer = build_optimizer(self.model, experiment.optimizer)
-        self.loader = Loader(dataset.train, config.context, experiment.seed)
+        self.loader = Loader(dataset.train, context, experiment.seed)
         sequences = experiment.training.sequences
         self.micro_batch = min(experiment.device.micro_batch or sequences, sequences)
         self.evaluator = Evaluator(
-            *evaluation_batch(
-                dataset.validation, config.context, math.ceil(experiment.evaluation.tokens / config.context)
-            ),
+            *evaluation_batch(dataset.validation, context, math.ceil(experiment.evaluation.tokens / context)),
             token_bytes=dataset.token_bytes,
             micro_batch=max(self.micro_batch, 1),
             device=device,

@@ -54,6 +54,9 @@ def test_an_unknown_command(capsys):
         (["innovation=[gqa,mqa]", "model.heads=4"], "cannot be combined"),
         (["data.paths=[/nowhere/at/all.txt]"], "/nowhere/at/all.txt"),
         (["budgets=[10]"], "too small for one step"),
+        (["-m", "seed=0,1", "budgets=[10]"], "too small for one step"),
+        (["-m", "innovation=[],[rope]", "model.width=6"], "even head size"),
+        (["innovation=[rope]", "model.width=6"], "even head size"),
         (["device=cuda"], "device=cpu"),
         (["device.name=tpu"], "choose auto, cpu or cuda"),
         (["device.precision=int8"], "choose auto, float32 or bfloat16"),
@@ -69,6 +72,7 @@ def test_a_users_mistake_is_one_line_and_status_2(overrides, capsys, more, sente
         if torch.cuda.is_available():
             pytest.skip("there is a GPU")
     assert main(["train", *overrides, *more]) == 2
+    assert not list(Path(settle(compose_config(overrides)).paths.runs).glob("**/metrics.jsonl"))
     error = capsys.readouterr().err
     assert sentence in error
     assert error.startswith("error: ")

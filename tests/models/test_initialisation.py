@@ -105,3 +105,11 @@ def test_weights_do_not_change_between_releases() -> None:
 def test_parameters_that_nobody_initialises_are_refused() -> None:
     with pytest.raises(TypeError, match=r"0 \(Bilinear\) holds parameters but defines no initialise"):
         initialise(nn.Sequential(nn.Bilinear(2, 2, 2)), 0)
+
+
+def test_on_the_meta_device_a_model_has_shapes_and_no_values():
+    config = ModelConfig(vocabulary_size=50304, context=1024, layers=10, width=768, heads=12)
+    with torch.device("meta"):
+        model = GPT(config)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert model.parameter_counts()["with_head"] == 109_413_120
