@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from bench.config import Experiment
 from bench.data import Dataset, Loader, evaluation_batch
@@ -43,6 +44,7 @@ class Trainer:
         self.experiment, self.device, self.folder = experiment, device, folder
         self.model = build_model(experiment, dataset.vocabulary_size).to(device.torch_device)
         context = self.model.config.context
+        self.parameters = list(self.model.parameters())
         self.forward = torch.compile(self.model) if experiment.device.compile else self.model
         self.optimizer = build_optimizer(self.model, experiment.optimizer)
         self.loader = Loader(dataset.train, context, experiment.seed)
@@ -184,12 +186,14 @@ class Trainer:
             loss = losses.sum() / targets.numel()
             loss.backward()
             total += loss.detach()
-        clip = self.experiment.optimizer.clip
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip or math.inf)
+        norm = get_total_norm([parameter.grad for parameter in self.parameters if parameter.grad is not None])
         train_loss, grad_norm = torch.stack([total, norm.to(total.dtype)]).tolist()
         if not math.isfinite(train_loss) or not math.isfinite(grad_norm):
             cause = f"loss {train_loss}" if not math.isfinite(train_loss) else f"gradient norm {grad_norm}"
             raise Diverged(f"step {self.progress.step}: {cause} at learning rate {rate:.3g}; no update was made")
+        clip = self.experiment.optimizer.clip
+        if clip and grad_norm > clip:
+            clip_grads_with_norm_(self.parameters, clip, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
