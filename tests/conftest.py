@@ -5,9 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from bench.compose import compose_config
 from bench.config import Experiment, settle
+
+# No deadline for a single example: on a busy machine it fails tests that are right.
+settings.register_profile("no_deadline", deadline=None)
+settings.load_profile("no_deadline")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -28,7 +28,7 @@ def test_published_figures(sizes, millions, mqa_share) -> None:
     assert round(palm[0] / palm[1], 3) == mqa_share
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(
     length=st.integers(1, 32),
     layers=st.integers(1, 3),

@@ -116,7 +116,7 @@ def test_it_is_nanogpt(norm, bias, kernel) -> None:
         torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-7, rtol=1e-5)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(variant=variants(), cut=st.integers(1, CONTEXT - 1), seed=st.integers(0, 2**31))
 def test_losses_do_not_depend_on_later_tokens(variant, cut, seed) -> None:
     torch.manual_seed(seed)
@@ -126,7 +126,7 @@ def test_losses_do_not_depend_on_later_tokens(variant, cut, seed) -> None:
     torch.testing.assert_close(model(changed, targets)[:, :cut], model(tokens, targets)[:, :cut], atol=1e-6, rtol=0)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(variant=variants(), length=st.integers(1, CONTEXT))
 def test_a_shorter_sequence_is_a_prefix(variant, length) -> None:
     model = GPT(config(initial_std=0.3, **variant))
@@ -134,7 +134,7 @@ def test_a_shorter_sequence_is_a_prefix(variant, length) -> None:
     torch.testing.assert_close(model(tokens[:, :length]), model(tokens)[:, :length], atol=1e-5, rtol=1e-5)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(variant=variants(), first=st.integers(0, CONTEXT - 2))
 def test_earlier_tokens_are_seen(variant, first) -> None:
     model = GPT(config(initial_std=0.3, **variant))
@@ -144,7 +144,7 @@ def test_earlier_tokens_are_seen(variant, first) -> None:
     assert ((model(changed) - model(tokens))[0, first:].abs().amax(-1) > 0).all()
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(variant=variants())
 def test_kernels_compute_one_function(variant) -> None:
     tokens, targets = torch.randint(VOCABULARY, (2, 2, CONTEXT), generator=torch.Generator().manual_seed(0))
@@ -158,7 +158,7 @@ def test_kernels_compute_one_function(variant) -> None:
     torch.testing.assert_close(*gradients, atol=2e-5, rtol=2e-4)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(variant=variants(attention={"name": "softmax", "causal": False}, attention_kernel="materialised"))
 def test_flops_are_those_that_torch_counts(variant) -> None:
     model = GPT(config(**variant))
@@ -172,7 +172,7 @@ def test_flops_are_those_that_torch_counts(variant) -> None:
 
 
 @given(length=st.integers(1, CONTEXT), queries=st.sampled_from([1, 2, 4]), layers=st.integers(1, 3))
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_flops_in_closed_form(length, queries, layers) -> None:
     """Per token 2 x weights, and 4 x width for each visible pair and layer."""
     weights = layers * (2 * 32 * 32 + 2 * 32 * 32 // queries + 8 * 32 * 32) + 32 * VOCABULARY

@@ -40,7 +40,7 @@ def test_the_default_base_is_that_of_the_paper() -> None:
     assert torch.equal(rope().rotate(q, q)[0], rope(base=10000.0).rotate(q, q)[0])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     first=st.integers(0, CONTEXT - 1),
     second=st.integers(0, CONTEXT - 1),
@@ -57,7 +57,7 @@ def test_products_depend_on_the_distance_alone(first, second, shift, seed, base)
     torch.testing.assert_close(there, here, atol=1e-4, rtol=1e-4)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(position=st.integers(0, CONTEXT - 1), seed=st.integers(0, 1000))
 def test_norms_are_preserved(position, seed) -> None:
     q = torch.randn(SIZE, generator=torch.Generator().manual_seed(seed))

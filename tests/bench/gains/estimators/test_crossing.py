@@ -11,7 +11,7 @@ from bench.gains.estimators.crossing import Estimator
 BUDGETS = np.array([1e12, 4e12, 16e12, 64e12])
 IRREDUCIBLE, SCALE, EXPONENT = 1.8, 1.2, 0.18
 
-quick = settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 falling = st.lists(st.floats(0.01, 1), min_size=3, max_size=3).map(lambda drops: 5 - np.cumsum([0.0, *drops]))
 
 
