@@ -152,7 +152,7 @@ def test_bpe_reads_no_more_than_it_needs(monkeypatch):
 
 def test_bpe_without_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(UserError, match=r"data\.tokenizer=bpe needs the package tokenizers: pip install cegbench"):
+    with pytest.raises(UserError, match=r"data\.tokenizer=bpe needs the package tokenizers: pip install -e"):
         build_tokenizer(DataConfig(tokenizer="bpe", vocabulary_size=300), TEXT)
 
 

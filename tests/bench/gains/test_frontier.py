@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.interpolate import PchipInterpolator
 
@@ -16,7 +16,6 @@ def frontiers(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([[0.0], np.cumsum(widths)]) + draw(st.floats(0, 50)), y
 
 
-@settings(deadline=None)
 @given(frontiers(), st.lists(st.floats(0, 1), min_size=1, max_size=5))
 def test_interpolation_is_scipys_pchip(points, fractions):
     x, y = points
@@ -27,14 +26,12 @@ def test_interpolation_is_scipys_pchip(points, fractions):
     np.testing.assert_allclose(frontier.slope(at), scipys(at, 1), rtol=1e-6, atol=1e-6)
 
 
-@settings(deadline=None)
 @given(frontiers())
 def test_derivatives_are_scipys_for_any_data(points):
     x, y = points
     np.testing.assert_allclose(pchip_derivatives(x, y), PchipInterpolator(x, y)(x, 1), rtol=1e-9, atol=1e-9)
 
 
-@settings(deadline=None)
 @given(frontiers())
 def test_interpolation_never_rises(points):
     x, y = points
@@ -58,7 +55,6 @@ def test_beyond_the_ends_the_loss_follows_the_tangent():
     np.testing.assert_allclose(frontier.loss([-0.5, 1.5]), [3.5, 1.5])
 
 
-@settings(deadline=None)
 @given(frontiers(), st.floats(0, 13))
 def test_crossing_is_the_first_compute_at_or_below_the_target(points, target):
     x, y = points
@@ -89,7 +85,6 @@ def test_crossing_of_a_plateau_is_its_start():
     assert (position[0], side[0]) == (1.0, INSIDE)
 
 
-@settings(deadline=None)
 @given(frontiers(), st.floats(0, 13), st.floats(0, 3))
 def test_a_frontier_that_is_lower_everywhere_by_a_constant_never_crosses_later(points, target, shift):
     x, y = points
