@@ -287,7 +287,7 @@ def merge_innovations(innovations: dict[str, InnovationConfig]) -> dict[str, dic
 
 def check(experiment: Experiment) -> None:
     """Refuses settings that no trajectory can be trained with."""
-    schedule = experiment.schedule
+    schedule, optimizer, device = experiment.schedule, experiment.optimizer, experiment.device
     rules = [
         (experiment.budgets, "budgets is empty: name at least one, in model FLOPs"),
         (all(budget > 0 for budget in experiment.budgets), "budgets and fraction must be above 0"),
@@ -295,7 +295,14 @@ def check(experiment: Experiment) -> None:
         (experiment.training.sequences > 0, "training.sequences must be at least 1"),
         (experiment.evaluation.tokens > 0, "evaluation.tokens must be at least 1"),
         (experiment.evaluation.every >= 0, "evaluation.every must be 0 (never) or a number of steps"),
-        (experiment.optimizer.lr > 0, "lr must be above 0"),
+        (experiment.seed >= 0, "seed must not be negative"),
+        (optimizer.lr > 0, "lr must be above 0"),
+        (0 <= optimizer.beta1 < 1 and 0 <= optimizer.beta2 < 1, "optimizer.beta1 and beta2 lie from 0 to below 1"),
+        (optimizer.epsilon > 0, "optimizer.epsilon must be above 0"),
+        (optimizer.weight_decay >= 0, "optimizer.weight_decay must not be negative"),
+        (optimizer.clip >= 0, "optimizer.clip must be 0 (no clipping) or the largest gradient norm"),
+        (device.micro_batch >= 0, "device.micro_batch must be 0 (the whole batch) or a number of sequences"),
+        (device.threads >= 0, "device.threads must be 0 (PyTorch's choice) or a number of threads"),
         (experiment.logging.every > 0, "logging.every must be at least 1"),
         (0 <= schedule.warmup < 1, "schedule.warmup is a fraction of the steps, from 0 to below 1"),
         (0 < schedule.cooldown <= 1, "schedule.cooldown is a fraction of the steps, above 0 and at most 1"),

@@ -38,7 +38,11 @@ class Progress:
 
     @property
     def name(self) -> str:
-        return f"leg-{self.leg:03d}-step-{self.step:08d}"
+        return checkpoint_name(self.leg, self.step)
+
+
+def checkpoint_name(leg: int, step: int) -> str:
+    return f"leg-{leg:03d}-step-{step:08d}"
 
 
 def save_checkpoint(folder: Path, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer) -> Path:

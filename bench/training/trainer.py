@@ -11,11 +11,13 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from bench.config import Experiment
 from bench.data import Dataset, Loader, evaluation_batch
-from bench.errors import TrajectoryFailed
+from bench.errors import TrajectoryFailed, UserError
 from bench.runs.folder import RunFolder
 from bench.runs.mirror import Mirror
 from bench.training.checkpoint import (
     Progress,
+    checkpoint_name,
+    is_sound,
     load_checkpoint,
     newest_checkpoint,
     prune_checkpoints,
@@ -53,7 +55,7 @@ class Trainer:
         self.evaluator = Evaluator(
             *evaluation_batch(dataset.validation, context, math.ceil(experiment.evaluation.tokens / context)),
             token_bytes=dataset.token_bytes,
-            micro_batch=max(self.micro_batch, 1),
+            micro_batch=self.micro_batch,
             device=device,
         )
         plan = plan_trajectory(experiment, self.model)
@@ -69,6 +71,12 @@ class Trainer:
     def steps_done(self) -> int:
         before = sum(leg.steps for leg in self.legs[: self.progress.leg])
         return before + self.progress.step - self.legs[self.progress.leg].start
+
+    @property
+    def leg_start(self) -> Path:
+        """The checkpoint of where the current leg began."""
+        number = self.progress.leg
+        return self.folder.checkpoints / checkpoint_name(number, self.legs[number].start)
 
     @property
     def title(self) -> str:
@@ -127,8 +135,9 @@ class Trainer:
         """Goes to the start of a leg: after a branch, back to the trunk's state at its fork."""
         finished = self.legs[self.progress.leg]
         if finished.budget is not None:
-            fork = Progress(self.progress.leg, finished.start, 0.0, None, 0, 0)
-            state = load_checkpoint(self.folder.checkpoints / fork.name, self.model, self.optimizer)
+            if not is_sound(self.leg_start):
+                raise UserError(f"{self.leg_start}, which the trunk goes on from, is damaged: delete the run's folder")
+            state = load_checkpoint(self.leg_start, self.model, self.optimizer)
             self.progress.step, self.progress.seconds, self.progress.joules = state.step, state.seconds, state.joules
         self.progress.leg = number
         self.save()
@@ -137,8 +146,7 @@ class Trainer:
         self.progress.metrics_size = self.folder.metrics.size
         self.progress.results_size = self.folder.results.size
         save_checkpoint(self.folder.checkpoints, self.progress, self.model, self.optimizer)
-        start = Progress(self.progress.leg, self.legs[self.progress.leg].start, 0.0, None, 0, 0)
-        prune_checkpoints(self.folder.checkpoints, keep={self.folder.checkpoints / start.name})
+        prune_checkpoints(self.folder.checkpoints, keep={self.leg_start})
 
     def train_leg(self, display: ProgressDisplay, mirror: Mirror) -> None:
         """Trains to the end of the current leg; a branch ends in a row of results.jsonl."""

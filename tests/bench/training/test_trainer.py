@@ -261,6 +261,22 @@ def test_a_damaged_checkpoint_is_passed_over(overrides, tmp_path, capsys):
     assert_same_run(whole.folder, again.folder)
 
 
+def test_a_trunk_does_not_go_on_from_a_damaged_fork(overrides):
+    trainer = make_trainer(overrides)
+    branch = next(number for number, leg in enumerate(trainer.legs) if leg.budget is not None)
+    evaluate = trainer.evaluate
+
+    def damage_the_fork():
+        if trainer.progress.leg == branch:
+            weights = trainer.leg_start / "model.safetensors"
+            weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+        return evaluate()
+
+    trainer.evaluate = damage_the_fork
+    with pytest.raises(UserError, match="which the trunk goes on from, is damaged"):
+        trainer.run(NoMirror())
+
+
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
