@@ -5,8 +5,8 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from bench.compose import compose_all, compose_config, launch, split_sweep
-from bench.config import Experiment, settle, variant_name
+from bench.compose import compose_config, launch, override_key, split_sweep
+from bench.config import Experiment, variant_name
 from bench.errors import UserError
 
 
@@ -33,12 +33,12 @@ def with_study_settings(overrides: list[str]) -> list[str]:
     from bench.runs.study import budget_override, rate_overrides
 
     config = compose_config(overrides)
-    variant = variant_name(list(config.innovation))
+    variant = variant_name(config.innovation)
     rates = rate_overrides(config.study, config.scale, variant) if config.lr is None else [[]]
     if len(rates) > 1:
         choices = ", ".join(rate for (rate,) in rates)
         raise UserError(f"study {config.study.name} tries several learning rates here: choose one of {choices}")
-    named = any(override.startswith("budgets=") for override in overrides)
+    named = any(override_key(override) == "budgets" for override in overrides)
     budgets = [] if named else budget_override(config.study, config.scale, variant)
     return [*overrides, *budgets, *rates[0]]
 
@@ -47,28 +47,25 @@ def train_many(overrides: list[str]) -> int:
     """Every trajectory of a study, or of a plain sweep; those that failed are listed last."""
     from bench.data import open_dataset
     from bench.runs.folder import RunFolder
-    from bench.runs.study import plan_study, planned_flops
+    from bench.runs.study import plan_study, settle_jobs
+    from bench.training.plan import plan_ahead
     from bench.training.train import train_in_turn
 
-    if names_study(overrides):
+    if any(override_key(override) == "study" for override in overrides):
         shared, jobs = overrides, plan_study(overrides)
     else:
         shared, jobs = split_sweep(overrides)
-    experiments = [settle(config) for config in compose_all([[*shared, *job] for job in jobs])]
-    states = [RunFolder(experiment.folder).state for experiment in experiments]
-    waiting = [number for number, state in enumerate(states) if state != "done"]
+    experiments = settle_jobs(shared, jobs)
+    waiting = [n for n, experiment in enumerate(experiments) if RunFolder(experiment.folder).state != "done"]
     print(f"{len(jobs)} trajectories, {len(jobs) - len(waiting)} of them done", flush=True)
     if not waiting:
         return 0
-    for experiment in experiments:
-        open_dataset(experiment.data, Path(experiment.paths.data), progress=print)  # here, and not in every worker
-        planned_flops(experiment)  # a mistake in the settings ends the sweep before it begins
-    launch(shared, [[*jobs[number], f"logging.label={number + 1}/{len(jobs)}"] for number in waiting], train_in_turn)
-    return report_failures([experiments[number] for number in waiting])
-
-
-def names_study(overrides: list[str]) -> bool:
-    return any(override.lstrip("+").split("=", 1)[0] == "study" for override in overrides)
+    for n in waiting:
+        # Data are prepared here, and not in every worker; a mistake in the settings ends the sweep before it begins.
+        dataset = open_dataset(experiments[n].data, Path(experiments[n].paths.data), progress=print)
+        plan_ahead(experiments[n], dataset.vocabulary_size)
+    launch(shared, [[*jobs[n], f"logging.label={n + 1}/{len(jobs)}"] for n in waiting], train_in_turn)
+    return report_failures([experiments[n] for n in waiting])
 
 
 def report_failures(experiments: list[Experiment]) -> int:
@@ -103,7 +100,7 @@ def gains(overrides: list[str]) -> int:
     folder = Path(config.paths.runs) / config.study.name
     planned = [experiment.folder for experiment in study_experiments(overrides)] if config.study.variants else None
     found = compute_gains(
-        folder, baseline=variant_name(list(config.study.baseline)), estimator=config.estimator, planned=planned
+        folder, baseline=variant_name(config.study.baseline), estimator=config.estimator, planned=planned
     )
     write_whole(folder / "gains.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
     report = write_report(found, folder / "report.html")

@@ -44,6 +44,11 @@ def missing_choice(error: MissingConfigException) -> str:
     return f"{group}={choice} is unknown: choose from {', '.join(offered)}"
 
 
+def override_key(override: str) -> str:
+    """What an override sets: `seed` in `seed=1` and `+seed=1`."""
+    return override.lstrip("+~").split("=", 1)[0]
+
+
 def compose_config(overrides: Sequence[str]) -> DictConfig:
     """The configuration that the overrides choose, without Hydra's own node."""
     for override in overrides:

@@ -7,6 +7,7 @@ seed and one learning rate, its innovations applied, ready to train.
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,7 @@ def register_configs() -> None:
     ConfigStore.instance().store(name="base_config", node=Config)
 
 
-def variant_name(innovations: list[str]) -> str:
+def variant_name(innovations: Iterable[str]) -> str:
     return "+".join(sorted(innovations)) or BASELINE
 
 
@@ -180,7 +181,7 @@ class Experiment:
 
     @property
     def variant(self) -> str:
-        return variant_name(list(self.innovations))
+        return variant_name(self.innovations)
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -112,9 +112,7 @@ def load_study(
     if replicates < 100:
         raise UserError(f"replicates must be at least 100; it is {replicates}")
     runs, warnings = _planned(folder, read_runs(folder), planned)
-    results = read_results(folder, runs).with_columns(
-        model_flops_with_optimizer=pl.col("model_flops") + pl.col("optimizer_flops")
-    )
+    results = read_results(folder, runs)
     if results.is_empty():
         raise UserError(f"{folder} has no finished trajectory: train the study first")
     if baseline not in results["variant"]:

@@ -77,7 +77,8 @@ def read_runs(study_folder: Path) -> list[dict[str, Any]]:
 
 
 def read_results(study_folder: Path, runs: list[dict[str, Any]] | None = None) -> pl.DataFrame:
-    """The losses that count: a row per finished budget of each trajectory that is DONE, with the columns of RESULTS.
+    """The losses that count: a row per finished budget of each trajectory that is DONE, with the columns of RESULTS
+    and `model_flops_with_optimizer`.
 
     `runs` are those of `read_runs` to take, by default all.
     `lr` is the trajectory's peak rate and `run` its folder, relative to the study's. What was not measured is null.
@@ -99,7 +100,8 @@ def read_results(study_folder: Path, runs: list[dict[str, Any]] | None = None) -
 
 
 def read_curves(study_folder: Path, runs: list[dict[str, Any]] | None = None) -> pl.DataFrame:
-    """Losses in mid-schedule: the rows with a `val_loss` of each DONE trajectory's metrics; columns of CURVES.
+    """Losses in mid-schedule: the rows with a `val_loss` of each DONE trajectory's metrics; columns of CURVES
+    and `model_flops_with_optimizer`.
 
     `runs` are those of `read_runs` to take, by default all.
     `branch` is the budget whose cooldown the row belongs to, null on the trunk.
@@ -125,9 +127,10 @@ def _read_table(
             for column in columns:
                 columns[column].append(values.get(column))
     try:
-        return pl.DataFrame(columns, schema=schema, strict=True)
+        table = pl.DataFrame(columns, schema=schema, strict=True)
     except (TypeError, pl.exceptions.PolarsError) as error:
         raise UserError(f"a {name} in {study_folder} holds a value of the wrong kind: {error}") from None
+    return table.with_columns(model_flops_with_optimizer=pl.col("model_flops") + pl.col("optimizer_flops"))
 
 
 def _read_complete(file: Path, required: tuple[str, ...]) -> list[dict[str, Any]]:

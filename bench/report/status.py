@@ -4,8 +4,10 @@ from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from bench.report.terminal import PLAIN_WIDTH
+from bench.report.format import printable
+from bench.report.terminal import open_console
 from bench.runs.study import Standing
 
 COLOURS = {"done": "green", "running": "cyan", "failed": "red"}
@@ -13,23 +15,21 @@ COLOURS = {"done": "green", "running": "cyan", "failed": "red"}
 
 def print_status(standings: Sequence[Standing], console: Console | None = None) -> None:
     """Prints a row a trajectory and a line of totals; costs are model FLOPs over all branches."""
-    console = console or Console()
-    if not console.is_terminal:
-        console = Console(file=console.file, width=PLAIN_WIDTH)
+    console = console or open_console()
     table = Table(box=None, pad_edge=False)
     for heading in ("scale", "variant", "seed", "lr", "state", "FLOPs spent", "FLOPs left", "error"):
         table.add_column(heading, justify="right" if heading in ("seed", "lr", "FLOPs spent", "FLOPs left") else "left")
     for standing in standings:
         experiment = standing.experiment
         table.add_row(
-            experiment.scale,
-            experiment.variant,
+            Text(printable(experiment.scale)),
+            Text(printable(experiment.variant)),
             str(experiment.seed),
             f"{experiment.optimizer.lr:g}",
-            f"[{COLOURS.get(standing.state, 'dim')}]{standing.state}[/]",
+            Text(standing.state, COLOURS.get(standing.state, "dim")),
             _flops(standing.spent),
             _flops(standing.left),
-            standing.error.replace("[", r"\["),
+            Text(printable(standing.error)),
         )
     console.print(table)
     counts = {state: sum(s.state == state for s in standings) for state in dict.fromkeys(s.state for s in standings)}

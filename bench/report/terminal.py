@@ -27,14 +27,18 @@ COLOURS = {"gain": "green", "loss": "red"}
 PLAIN_WIDTH = 240
 
 
+def open_console() -> Console:
+    """The terminal, or where the output is none, plain lines that are never folded."""
+    return Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
+
+
 def print_gains(gains: Mapping, console: Console | None = None) -> None:
     """Print a table a scale: each variant's CEG with its interval on three cost axes, learning rate, tuning and class.
 
     gains: the contents of gains.json. A console that is too narrow gets fewer columns and names broken at `+`, and
     one too narrow for that, lines for each variant. Warnings and caveats follow the tables.
     """
-    if console is None:
-        console = Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
+    console = console or open_console()
     found = axes_of(gains)
     axes = [axis for axis in SHOWN_AXES if axis in found] or found[:1]
     classes = {entry["variant"]: entry for entry in gains["classes"]}

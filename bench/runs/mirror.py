@@ -24,7 +24,6 @@ class WandbMirror:
     def __init__(self, experiment: Experiment, config: dict[str, Any]) -> None:
         import wandb
 
-        experiment.folder.mkdir(parents=True, exist_ok=True)
         self.run = wandb.init(
             project=experiment.wandb.project,
             entity=experiment.wandb.entity,

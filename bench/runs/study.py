@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.compose import compose_all, compose_config
+from bench.compose import compose_all, compose_config, override_key
 from bench.config import Experiment, StudyConfig, settle, variant_name
 from bench.errors import UserError
 from bench.runs.folder import RunFolder, read_rows
+from bench.training.schedule import Leg
 
 SWEPT = ("scale", "innovation", "seed", "lr")
 
@@ -23,7 +24,7 @@ def plan_study(overrides: Sequence[str]) -> list[list[str]]:
     if not study.variants:
         raise UserError(f"study {study.name} lists no variants: name one, as in study=quickstart")
     for override in overrides:
-        key = override.lstrip("+~").split("=", 1)[0]
+        key = override_key(override)
         if key in SWEPT:
             plural = {"innovation": "variants"}.get(key, key + "s")
             raise UserError(f"study {study.name} varies {key} itself: use study.{plural}=[...] instead of {key}=")
@@ -32,8 +33,8 @@ def plan_study(overrides: Sequence[str]) -> list[list[str]]:
         [f"scale={scale}", f"innovation=[{','.join(variant)}]", *budgets, f"seed={seed}", *lr]
         for scale in study.scales
         for variant in study.variants
-        for budgets in [budget_override(study, scale, variant_name(list(variant)))]
-        for lr in rate_overrides(study, scale, variant_name(list(variant)))
+        for budgets in [budget_override(study, scale, variant_name(variant))]
+        for lr in rate_overrides(study, scale, variant_name(variant))
         for seed in study.seeds
     ]
 
@@ -58,7 +59,7 @@ def budget_override(study: StudyConfig, scale: str, variant: str) -> list[str]:
 
 def check_names(study: StudyConfig) -> None:
     """Refuses settings for a variant that the study does not have: a slip of the pen."""
-    variants = {variant_name(list(variant)) for variant in study.variants}
+    variants = {variant_name(variant) for variant in study.variants}
     known = {"default"} | variants | {f"{scale}/{variant}" for scale in study.scales for variant in variants}
     for field in ("lrs", "budgets"):
         entries = study[field] or {}
@@ -78,8 +79,12 @@ def is_list_of_numbers(values: Any) -> bool:
 
 def study_experiments(overrides: Sequence[str]) -> list[Experiment]:
     """Every trajectory of a study, settled."""
-    jobs = plan_study(overrides)
-    return [settle(config) for config in compose_all([[*overrides, *job] for job in jobs])]
+    return settle_jobs(overrides, plan_study(overrides))
+
+
+def settle_jobs(shared: Sequence[str], jobs: Sequence[Sequence[str]]) -> list[Experiment]:
+    """The experiment of each job of a sweep, from the overrides that all share and its own."""
+    return [settle(config) for config in compose_all([[*shared, *job] for job in jobs])]
 
 
 @dataclass(frozen=True)
@@ -100,8 +105,9 @@ def stand(experiment: Experiment) -> Standing:
         return Standing(experiment, folder.state, error, 0.0, planned_flops(experiment))
     run = folder.run()
     per_step = run["flops_per_token"]["model_flops"] * run["tokens_per_step"]
-    total = sum(leg["end"] - leg["start"] for leg in run["legs"])
-    done = total if folder.state == "done" else steps_done(folder, run["legs"])
+    legs = [Leg(**leg) for leg in run["legs"]]
+    total = sum(leg.steps for leg in legs)
+    done = total if folder.state == "done" else steps_done(folder, legs)
     return Standing(experiment, folder.state, error, done * per_step, (total - done) * per_step)
 
 
@@ -111,27 +117,23 @@ def planned_flops(experiment: Experiment) -> float | None:
     Raises:
         UserError: its model cannot be built, or a budget is too small.
     """
-    import torch
-
     from bench.data.preparation import prepared_folder, read_meta
-    from bench.training.plan import build_model, plan_trajectory
+    from bench.training.plan import plan_ahead
 
     prepared = prepared_folder(experiment.data, Path(experiment.paths.data))
     if not prepared.is_dir():
         return None
-    with torch.device("meta"):
-        model = build_model(experiment, read_meta(prepared)["vocabulary_size"])
-    return float(plan_trajectory(experiment, model).model_flops)
+    return float(plan_ahead(experiment, read_meta(prepared)["vocabulary_size"]).model_flops)
 
 
-def steps_done(folder: RunFolder, legs: list[dict]) -> int:
+def steps_done(folder: RunFolder, legs: Sequence[Leg]) -> int:
     """Steps over all legs up to the newest row of metrics.jsonl."""
     rows = read_rows(folder.metrics.path)
     if not rows:
         return 0
     newest, before = rows[-1], 0
     for leg in legs:
-        if leg["budget"] == newest["branch"] and leg["start"] < newest["step"] <= leg["end"]:
-            return before + newest["step"] - leg["start"]
-        before += leg["end"] - leg["start"]
+        if leg.budget == newest["branch"] and leg.start < newest["step"] <= leg.end:
+            return before + newest["step"] - leg.start
+        before += leg.steps
     return 0

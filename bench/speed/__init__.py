@@ -14,11 +14,11 @@ def measure(overrides: Sequence[str]) -> int:
     """Measures what `op=` names, prints a table and a line of JSON."""
     from bench.speed.training_step import INNOVATIONS, measure_training_step
 
-    op = compose_config(overrides).op
+    config = compose_config([*overrides, f"innovation=[{','.join(INNOVATIONS)}]"])
+    op = config.op
     if op not in ("all", *OPS):
         raise UserError(f"op={op} is unknown: choose all or {', '.join(OPS)}")
-    fixed = [f"innovation=[{','.join(INNOVATIONS)}]"]
-    figures = measure_training_step(settle(compose_config([*overrides, *fixed])))
+    figures = measure_training_step(settle(config))
     for name, rate in figures["tokens_per_second"].items():
         ratio = figures["ratio_to_peer"].get(name)
         print(f"{name:<24} {rate:10.0f} tokens/s" + (f"   ours / this = {ratio:.3f}" if ratio else ""))

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from bench.config import Experiment
 from bench.errors import UserError
 from bench.training.schedule import Leg, Schedule, build_schedule, plan_legs, steps_within
@@ -45,6 +47,16 @@ class Plan:
     def model_flops(self) -> int:
         """Of all legs, branches included."""
         return self.costs.flops["model_flops"] * sum(leg.steps for leg in self.legs)
+
+
+def plan_ahead(experiment: Experiment, data_vocabulary_size: int) -> Plan:
+    """The plan for an experiment whose model is not built: shapes are all it takes.
+
+    Raises:
+        UserError: as `build_model` and `plan_trajectory`.
+    """
+    with torch.device("meta"):
+        return plan_trajectory(experiment, build_model(experiment, data_vocabulary_size))
 
 
 def plan_trajectory(experiment: Experiment, model: GPT) -> Plan:

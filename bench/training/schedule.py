@@ -13,6 +13,11 @@ from bench.config import ScheduleConfig
 from bench.errors import UserError
 
 
+def warm_up(step: int, steps: int) -> float:
+    """nanoGPT's linear rise over `steps` steps: above 0 at step 0, and the peak, 1, from step `steps` on."""
+    return (step + 1) / (steps + 1) if step < steps else 1.0
+
+
 @dataclass(frozen=True)
 class WSD:
     """Warm-up, stable trunk, 1-sqrt cooldown (Hagele et al. 2024, arXiv 2405.18392, equation 2).
@@ -33,7 +38,7 @@ class WSD:
 
     def rate(self, step: int, steps: int | None) -> float:
         """The rate at `step` (from 0) as a fraction of the peak, in the branch that ends after `steps` or the trunk."""
-        warm = min(1.0, (step + 1) / (self.warmup_steps + 1)) if step < self.warmup_steps else 1.0
+        warm = warm_up(step, self.warmup_steps)
         if steps is None:
             return warm
         fork = self.fork(steps)
@@ -60,7 +65,7 @@ class Cosine:
         assert steps is not None, "a cosine has no trunk"
         warmup_steps = round(self.warmup * steps)
         if step < warmup_steps:
-            return (step + 1) / (warmup_steps + 1)
+            return warm_up(step, warmup_steps)
         progress = (step - warmup_steps) / (steps - warmup_steps)
         return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
 

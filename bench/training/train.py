@@ -79,13 +79,13 @@ def end_with_parent() -> None:
 
 
 def _train(experiment: Experiment, folder: RunFolder, config: DictConfig) -> None:
-    if folder.described and not experiment.device.threads:
+    begun = folder.run() if folder.described else None
+    if begun and not experiment.device.threads:
         # The order of a sum depends on the number of threads: a resumed trajectory keeps the one it began with.
-        threads = folder.run()["threads"]
-        experiment = replace(experiment, device=replace(experiment.device, threads=threads))
+        experiment = replace(experiment, device=replace(experiment.device, threads=begun["threads"]))
     device = open_device(experiment.device)
     dataset = open_dataset(experiment.data, Path(experiment.paths.data), progress=print)
-    if folder.described and folder.run()["data"]["fingerprint"] != dataset.fingerprint:
+    if begun and begun["data"]["fingerprint"] != dataset.fingerprint:
         raise UserError(
             f"the data changed since {folder.path} was begun: delete that folder to train it on the new data"
         )

@@ -101,7 +101,7 @@ class Trainer:
             while self.progress.step < self.legs[self.progress.leg].end:
                 self.train_leg(display, mirror)
                 if self.progress.leg + 1 < len(self.legs):
-                    self.begin_leg(self.progress.leg + 1)
+                    self.begin_next_leg()
             self.save()
             prune_checkpoints(self.folder.checkpoints, keep=set(), newest=1)
         finally:
@@ -131,15 +131,15 @@ class Trainer:
             self.save()
         return damaged
 
-    def begin_leg(self, number: int) -> None:
-        """Goes to the start of a leg: after a branch, back to the trunk's state at its fork."""
+    def begin_next_leg(self) -> None:
+        """Goes to the start of the next leg: after a branch, back to the trunk's state at its fork."""
         finished = self.legs[self.progress.leg]
         if finished.budget is not None:
             if not is_sound(self.leg_start):
                 raise UserError(f"{self.leg_start}, which the trunk goes on from, is damaged: delete the run's folder")
             state = load_checkpoint(self.leg_start, self.model, self.optimizer)
             self.progress.step, self.progress.seconds, self.progress.joules = state.step, state.seconds, state.joules
-        self.progress.leg = number
+        self.progress.leg += 1
         self.save()
 
     def save(self) -> None:

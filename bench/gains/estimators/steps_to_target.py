@@ -37,9 +37,7 @@ class Estimator:
     def __init__(self, study: Study) -> None:
         self.study = study
         self.axes = ["steps", *study.axes]
-        self.curves = read_curves(study.folder, study.runs).with_columns(
-            model_flops_with_optimizer=pl.col("model_flops") + pl.col("optimizer_flops")
-        )
+        self.curves = read_curves(study.folder, study.runs)
 
     def estimate(self, baseline: TunedVariant, variant: TunedVariant, axis: str) -> list[Point]:
         """One point, or none where the axis was not measured at the evaluations.

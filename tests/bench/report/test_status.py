@@ -5,12 +5,13 @@ from rich.console import Console
 from bench.compose import compose_config
 from bench.config import settle
 from bench.report.status import print_status
+from bench.report.terminal import PLAIN_WIDTH
 from bench.runs.study import Standing
 
 
 def printed(standings) -> list[str]:
     stream = io.StringIO()
-    print_status(standings, Console(file=stream))
+    print_status(standings, Console(file=stream, width=PLAIN_WIDTH))
     return [" ".join(line.split()) for line in stream.getvalue().splitlines()]
 
 

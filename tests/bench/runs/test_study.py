@@ -4,6 +4,7 @@ from bench.compose import compose_config
 from bench.errors import UserError
 from bench.runs.folder import RunFolder
 from bench.runs.study import plan_study, stand, steps_done, study_experiments
+from bench.training.schedule import Leg
 
 STUDY = ["study.name=s", "study.scales=[tiny]", "study.variants=[[],[rope],[rope,layer_norm]]", "study.seeds=[0,1]"]
 
@@ -108,9 +109,10 @@ LEGS = [
 )
 def test_steps_are_counted_over_trunk_and_branches(tmp_path, step, branch, done):
     folder = RunFolder(tmp_path)
-    assert steps_done(folder, LEGS) == 0
+    legs = [Leg(**leg) for leg in LEGS]
+    assert steps_done(folder, legs) == 0
     folder.metrics.append({"step": step, "branch": branch})
-    assert steps_done(folder, LEGS) == done
+    assert steps_done(folder, legs) == done
 
 
 def test_standing(overrides, tmp_path):
