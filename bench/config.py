@@ -296,6 +296,10 @@ def check(experiment: Experiment) -> None:
         (experiment.training.sequences > 0, "training.sequences must be at least 1"),
         (experiment.evaluation.tokens > 0, "evaluation.tokens must be at least 1"),
         (experiment.evaluation.every >= 0, "evaluation.every must be 0 (never) or a number of steps"),
+        (
+            experiment.wandb.mode in ("disabled", "offline", "online"),
+            f"wandb.mode={experiment.wandb.mode} is unknown: choose disabled, offline or online",
+        ),
         (experiment.seed >= 0, "seed must not be negative"),
         (optimizer.lr > 0, "lr must be above 0"),
         (0 <= optimizer.beta1 < 1 and 0 <= optimizer.beta2 < 1, "optimizer.beta1 and beta2 lie from 0 to below 1"),

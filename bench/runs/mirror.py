@@ -2,7 +2,8 @@
 
 from typing import Any, Protocol
 
-from bench.config import Experiment
+from bench.config import Experiment, one_line
+from bench.errors import UserError
 
 
 class Mirror(Protocol):
@@ -51,7 +52,16 @@ class WandbMirror:
 
 
 def open_mirror(experiment: Experiment, config: dict[str, Any]) -> Mirror:
-    """A mirror as `wandb.mode` asks; disabled does not even import the library."""
+    """A mirror as `wandb.mode` asks; disabled does not even import the library.
+
+    Raises:
+        UserError: W&B refuses, for want of a key or a connection.
+    """
     if experiment.wandb.mode == "disabled":
         return NoMirror()
-    return WandbMirror(experiment, config)
+    import wandb
+
+    try:
+        return WandbMirror(experiment, config)
+    except wandb.errors.Error as error:
+        raise UserError(f"W&B: {one_line(error)}; or use wandb=offline") from None

@@ -94,6 +94,7 @@ def test_the_vocabulary_is_the_datas_or_larger(overrides, experiment):
         ("fraction=0", "above 0"),
         ("training.sequences=0", r"training\.sequences"),
         ("evaluation.tokens=0", r"evaluation\.tokens"),
+        ("wandb.mode=on", r"wandb\.mode=on is unknown: choose disabled, offline or online"),
         ("seed=-1", "seed must not be negative"),
         ("lr=0", "lr must be above 0"),
         ("optimizer.beta1=1", r"optimizer\.beta1 and beta2"),

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.__main__ import main
 from bench.compose import compose_config
 from bench.runs.folder import read_rows
 from bench.runs.mirror import NoMirror, open_mirror
@@ -13,6 +14,18 @@ from bench.training.train import train
 
 def test_disabled_is_no_mirror(experiment):
     assert isinstance(open_mirror(experiment, {}), NoMirror)
+
+
+def test_what_wandb_refuses_is_one_line(overrides, monkeypatch, capsys):
+    wandb = pytest.importorskip("wandb")
+
+    def refuse(**_):
+        raise wandb.errors.UsageError("No API key configured.\nUse `wandb login` to log in.")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    assert main(["train", *overrides, "wandb=online"]) == 2
+    error = capsys.readouterr().err
+    assert error == "error: W&B: No API key configured. Use `wandb login` to log in.; or use wandb=offline\n"
 
 
 @pytest.mark.slow
