@@ -1,11 +1,15 @@
 """What tests of several rooms share: a small corpus and the overrides of a trajectory that trains in a second."""
 
+import os
 import random
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+if not torch.cuda.is_available():  # Triton's kernels decide when they are imported whether they are interpreted
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from bench.compose import compose_config
 from bench.config import Experiment, settle

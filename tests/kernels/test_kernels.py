@@ -6,7 +6,7 @@ import kernels
 
 
 def test_public_names() -> None:
-    assert kernels.__all__ == ["flash_attention", "materialised_attention"]
+    assert kernels.__all__ == ["backend", "flash_attention", "materialised_attention"]
 
 
 def test_attention_kernels_share_one_signature() -> None:

@@ -32,6 +32,21 @@ KERNELS = pytest.mark.parametrize("kernel", [materialised_attention, flash_atten
         ({"dropout_p": 1.0}, r"^dropout_p must lie in \[0, 1\), got 1.0"),
         ({"dropout_p": -0.1}, r"^dropout_p must lie in"),
         ({"dropout_p": float("nan")}, r"^dropout_p must lie in"),
+        ({"window": -1}, r"^window must be a number of keys, 0 or more, got -1"),
+        ({"softcap": 0.0}, r"^softcap must be a positive number, got 0.0"),
+        ({"softcap": -30.0}, r"^softcap must be a positive number, got -30.0"),
+        ({"softcap": float("nan")}, r"^softcap must be a positive number, got nan"),
+        ({"softcap": float("inf")}, r"^softcap must be a positive number, got inf"),
+        ({"scale": float("nan")}, r"^scale must be finite, got nan"),
+        ({"scale": float("-inf")}, r"^scale must be finite, got -inf"),
+        ({"document_ids": torch.zeros(8, dtype=torch.int64)}, r"^document_ids must have q's .* \(2, 8\), got \(8,\)"),
+        ({"document_ids": torch.zeros(1, 8, dtype=torch.int64)}, r"^document_ids must have q's batch and sequence"),
+        ({"document_ids": torch.zeros(2, 8)}, r"^document_ids must have an integer dtype, got torch.float32"),
+        ({"document_ids": torch.zeros(2, 8, dtype=torch.bool)}, r"^document_ids must have an integer dtype"),
+        (
+            {"document_ids": torch.zeros(2, 8, dtype=torch.int64, device="meta")},
+            r"^document_ids must be on the device of q, cpu, got meta",
+        ),
     ],
 )
 def test_a_mistake_is_named(kernel, changed, message) -> None:
