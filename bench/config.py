@@ -65,6 +65,7 @@ class DeviceConfig:
     compile: bool = False
     micro_batch: int = 0  # sequences per forward pass; 0 = the whole batch
     threads: int = 0  # CPU threads; 0 = PyTorch's own choice
+    kernels: str | None = None  # auto | triton | torch; null = as the environment's CEGBENCH_KERNELS says, or auto
     peak_flops: float | None = None  # for MFU where the device is not known by name
 
 
@@ -110,6 +111,17 @@ class InnovationConfig:
 class PathsConfig:
     runs: str = "runs"
     data: str = "data"
+    speed: str | None = None  # results of `speed`; null = bench/speed/results for a GPU, nowhere for a CPU
+
+
+@dataclass
+class SpeedConfig:
+    """Which shapes `speed` measures an op at; an empty list takes the op's own, fewer and smaller on a CPU."""
+
+    head_sizes: list[int] = field(default_factory=list)
+    sequences: list[int] = field(default_factory=list)
+    groups: list[int] = field(default_factory=list)  # query heads per key and value head
+    limit: float | None = None  # seconds after which no further shape is begun
 
 
 def _model_schema() -> type:
@@ -142,6 +154,7 @@ class Config:
     wandb: WandbConfig = field(default_factory=WandbConfig)
     study: StudyConfig = field(default_factory=StudyConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
     budgets: list[float] = field(default_factory=list)  # model FLOPs at which a finished schedule ends
     fraction: float = 1.0  # scales every budget
     seed: int = 0

@@ -8,6 +8,7 @@ import torch
 
 from bench.config import DeviceConfig
 from bench.errors import UserError
+from kernels import backend
 
 # Dense bfloat16 FLOP/s from NVIDIA's data sheets; the first name that the device's name contains counts.
 PEAK_FLOPS = {
@@ -28,12 +29,20 @@ class Device:
     precision: str  # float32 | bfloat16
     description: str
     peak_flops: float | None  # None where not known
+    kernels: str  # what to ask `kernels.backend` for: auto | triton | torch
 
     def autocast(self) -> AbstractContextManager:
         """Mixed precision for the forward pass, where the precision asks for it."""
         if self.precision == "float32":
             return nullcontext()
         return torch.autocast(self.torch_device.type, torch.bfloat16)
+
+    @property
+    def implementation(self) -> str:
+        """What the kernels run on where they can: triton or torch."""
+        if self.kernels != "auto":
+            return self.kernels
+        return "torch" if backend.why_not_triton(self.torch_device.type) else "triton"
 
     def synchronize(self) -> None:
         """Waits until everything queued is done, so that a clock read next is true."""
@@ -65,7 +74,19 @@ def open_device(config: DeviceConfig) -> Device:
     peak = config.peak_flops
     if peak is None and precision == "bfloat16":
         peak = next((value for name, value in PEAK_FLOPS.items() if name in description), None)
-    return Device(torch.device(kind), precision, description, peak)
+    return Device(torch.device(kind), precision, description, peak, _choose_kernels(config, kind))
+
+
+def _choose_kernels(config: DeviceConfig, kind: str) -> str:
+    try:
+        kernels = config.kernels or backend.name()
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if kernels not in backend.NAMES:
+        raise UserError(f"device.kernels={kernels} is unknown: choose {', '.join(backend.NAMES)}")
+    if kernels == "triton" and (problem := backend.why_not_triton(kind, interpreter=True)):
+        raise UserError(f"device.kernels=triton is impossible here: {problem}")
+    return kernels
 
 
 def _cpu_name() -> str:

@@ -24,6 +24,7 @@ from bench.runs.folder import RunFolder
 from bench.runs.mirror import open_mirror
 from bench.training.device import Device, open_device
 from bench.training.trainer import Trainer
+from kernels import backend
 
 PACKAGES = ("torch", "numpy", "triton")
 
@@ -95,7 +96,8 @@ def _train(experiment: Experiment, folder: RunFolder, config: DictConfig) -> Non
     mirror = open_mirror(experiment, {**run, "settings": experiment.identity})
     exit_code = 1
     try:
-        trainer.run(mirror)
+        with backend.use(device.kernels):
+            trainer.run(mirror)
         exit_code = 0
     finally:
         mirror.finish(exit_code)
@@ -117,6 +119,7 @@ def describe_run(experiment: Experiment, dataset: Dataset, device: Device, train
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "device": device.description,
         "precision": device.precision,
+        "kernels": device.implementation,
         "threads": torch.get_num_threads(),
         "parameters": trainer.model.parameter_counts(),
         "flops_per_token": flops,

@@ -68,3 +68,33 @@ def test_no_gpu(monkeypatch):
     with pytest.raises(UserError, match="use device=cpu"):
         open_device(DeviceConfig(name="cuda"))
     assert open_device(DeviceConfig(name="auto")).torch_device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("environment", "setting", "expected"),
+    [("auto", None, ("auto", "torch")), ("auto", "torch", ("torch", "torch")), ("torch", None, ("torch", "torch"))],
+)
+def test_kernels_are_chosen_by_the_setting_or_else_the_environment(monkeypatch, environment, setting, expected):
+    monkeypatch.setattr(device_module.backend, "_name", environment)
+    device = open_device(DeviceConfig(name="cpu", kernels=setting))
+    assert (device.kernels, device.implementation) == expected
+
+
+def test_triton_runs_where_it_is_interpreted(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert open_device(DeviceConfig(name="cpu", kernels="triton")).implementation == "triton"
+
+
+@pytest.mark.parametrize(
+    ("setting", "environment", "sentence"),
+    [
+        ("cuda", "auto", "device.kernels=cuda is unknown: choose auto, triton, torch"),
+        (None, "cuda", "CEGBENCH_KERNELS must be one of auto, triton, torch"),
+        ("triton", "auto", "device.kernels=triton is impossible here: it needs an NVIDIA GPU"),
+    ],
+)
+def test_kernels_that_cannot_run_are_refused(monkeypatch, setting, environment, sentence):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(device_module.backend, "_name", environment)
+    with pytest.raises(UserError, match=sentence):
+        open_device(DeviceConfig(name="cpu", kernels=setting))
