@@ -6,7 +6,6 @@ is the ratio of their median times, because absolute times on shared machines me
 
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from bench.config import Experiment
 from bench.data import open_dataset
 from bench.runs.folder import RunFolder
 from bench.speed.plain_loop import PlainGPT, PlainLoop
+from bench.speed.timing import Step, host_seconds, interleave
 from bench.training.device import open_device
 from bench.training.trainer import Trainer
 
@@ -45,8 +45,9 @@ def measure_training_step(experiment: Experiment) -> dict[str, Any]:
     }
     for loop in loops.values():
         check_same_function(trainer, loop.model)
-    times = interleave({"ours": ours(trainer), **{name: loop.step for name, loop in loops.items()}})
-    rates = {name: trainer.costs.tokens / statistics.median(values) for name, values in times.items()}
+    steps = {"ours": ours(trainer), **{name: loop.step for name, loop in loops.items()}}
+    times = interleave({name: repeat(step) for name, step in steps.items()}, host_seconds, rounds=ROUNDS)
+    rates = {name: STEPS * trainer.costs.tokens / statistics.median(values) for name, values in times.items()}
     return {
         "op": "training_step",
         "device": device.description,
@@ -69,6 +70,16 @@ def ours(trainer: Trainer) -> Callable[[], float]:
         return loss
 
     return step
+
+
+def repeat(step: Step) -> Step:
+    """Several steps as one, so that what a single step happens to wait for counts less."""
+
+    def steps() -> None:
+        for _ in range(STEPS):
+            step()
+
+    return steps
 
 
 def copy_to_peer(trainer: Trainer) -> PlainGPT:
@@ -103,16 +114,3 @@ def check_same_function(trainer: Trainer, peer: PlainGPT) -> None:
         theirs = peer(inputs, targets).item()
     if abs(mine - theirs) > 1e-5:
         raise AssertionError(f"the peer's loss is {theirs}, ours {mine}: not the same function")
-
-
-def interleave(steps: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
-    """Seconds a step for each contestant, several steps at a time in turns; the first round only warms up."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(ROUNDS + 1):
-        for name, step in steps.items():
-            started = time.perf_counter()
-            for _ in range(STEPS):
-                step()
-            if turn:
-                times[name].append((time.perf_counter() - started) / STEPS)
-    return times

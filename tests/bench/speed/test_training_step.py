@@ -11,7 +11,7 @@ from bench.config import settle
 from bench.data import open_dataset
 from bench.runs.folder import RunFolder
 from bench.speed import training_step
-from bench.speed.training_step import check_same_function, copy_to_peer, interleave, measure_training_step
+from bench.speed.training_step import check_same_function, copy_to_peer, measure_training_step
 from bench.training.device import open_device
 from bench.training.trainer import Trainer
 
@@ -44,13 +44,11 @@ def test_another_function_is_not_timed(trainer):
         check_same_function(trainer, peer)
 
 
-def test_contestants_take_turns(monkeypatch):
-    monkeypatch.setattr(training_step, "ROUNDS", 2)
-    monkeypatch.setattr(training_step, "STEPS", 1)
+def test_a_time_is_that_of_several_steps(monkeypatch):
+    monkeypatch.setattr(training_step, "STEPS", 3)
     calls = []
-    times = interleave({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")})
-    assert calls == ["a", "b"] * 3
-    assert {name: len(values) for name, values in times.items()} == {"a": 2, "b": 2}
+    training_step.repeat(lambda: calls.append("step"))()
+    assert calls == ["step"] * 3
 
 
 def test_the_figures_are_ratios_beside_peers(overrides, monkeypatch):
@@ -65,9 +63,7 @@ def test_the_figures_are_ratios_beside_peers(overrides, monkeypatch):
 def test_the_command_prints_a_table_and_json(overrides, monkeypatch, capsys):
     monkeypatch.setattr(training_step, "ROUNDS", 1)
     monkeypatch.setattr(training_step, "STEPS", 1)
-    assert main(["speed", *overrides]) == 0
+    assert main(["speed", *overrides, "op=training_step"]) == 0
     *table, last = capsys.readouterr().out.splitlines()
     assert len(table) == 3
     assert json.loads(last)["op"] == "training_step"
-    assert main(["speed", *overrides, "op=nope"]) == 2
-    assert "op=nope is unknown: choose all or training_step" in capsys.readouterr().err
