@@ -6,20 +6,8 @@ products are done twice. ADD_DQ takes the other side of that bargain: the key ke
 memory in whatever order tiles finish, and there is no query kernel.
 """
 
-import triton
-import triton.language as tl
-
-from kernels.attention.fused.tile import (
-    LOG2_E,
-    kept,
-    load_tile,
-    next_tile,
-    store_tile,
-    tanh,
-    tile_pointers,
-    visible,
-    visit,
-)
+from kernels.attention.fused.tile import kept, load_tile, next_tile, store_tile, tile_pointers, visible, visit
+from kernels.jit import LOG2_E, tanh, tl, triton
 
 
 @triton.jit

@@ -1,9 +1,7 @@
 """The forward kernel: FlashAttention-2's online softmax in base 2 (Dao 2023, algorithm 1). Suffixes as in `tile.py`."""
 
-import triton
-import triton.language as tl
-
-from kernels.attention.fused.tile import LOG2_E, LOWEST, kept, load_tile, next_tile, store_tile, tanh, visible, visit
+from kernels.attention.fused.tile import kept, load_tile, next_tile, store_tile, visible, visit
+from kernels.jit import LOG2_E, LOWEST, tanh, tl, triton
 
 
 @triton.jit

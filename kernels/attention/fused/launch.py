@@ -1,12 +1,9 @@
 """Prepares and starts the attention kernels: grid, tile sizes, and tensor descriptors where the hardware has TMA."""
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.attention.dropout import threshold
 from kernels.attention.fused.backward import backward_delta_kernel, backward_key_kernel, backward_query_kernel
@@ -14,6 +11,7 @@ from kernels.attention.fused.forward import forward_kernel
 from kernels.attention.fused.tile_sizes import SMALL, TileSize, tile_size
 from kernels.attention.options import AttentionOptions
 from kernels.backend import interpreting
+from kernels.jit import precision, source, target_architecture, tma_reads, triton, with_dense_rows
 
 CACHE_BYTES = 32 * 2**20  # keys and values of the heads that run together, which the L2 cache (50 MB on an H100) keeps
 DELTA_ROWS = 64
@@ -23,11 +21,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, options: 
     """Writes out (B, H, S, E) and lse (B, H, S), the log-sum-exp of each row of scores in base 2."""
     q, k, v = map(with_dense_rows, (q, k, v))
     size, tma = choose_tile("forward", q, v, options), tma_reads(q, k, v)
-    with on_device_of(q):
+    with torch.cuda.device_of(q):
         forward_kernel[grid(q, size.queries, q.shape[1])](
-            q=source(q, size.queries, tma),
-            k=source(k, size.keys, tma),
-            v=source(v, size.keys, tma),
+            q=tiles_of(q, size.queries, tma),
+            k=tiles_of(k, size.keys, tma),
+            v=tiles_of(v, size.keys, tma),
             out=out,
             lse=lse,
             **strides(q=q, k=k, v=v, out=out),
@@ -50,7 +48,7 @@ def backward(
     """Writes dq, dk and dv, the gradients of q, k and v."""
     q, k, v, d_out = map(with_dense_rows, (q, k, v, d_out))
     delta, tma = torch.empty_like(lse), tma_reads(q, k, v, d_out)
-    with on_device_of(q):
+    with torch.cuda.device_of(q):
         if options.deterministic:
             backward_query(d_out, q, k, v, out, lse, delta, dq, options, tma)
             backward_key(d_out, q, k, v, lse, delta, None, dk, dv, options, tma)
@@ -66,10 +64,10 @@ def backward_query(d_out, q, k, v, out, lse, delta, dq, options: AttentionOption
     """Writes dq, and delta for `backward_key`."""
     size = choose_tile("backward_query", q, v, options)
     backward_query_kernel[grid(q, size.queries, q.shape[1])](
-        q=source(q, size.queries, tma),
-        k=source(k, size.keys, tma),
-        v=source(v, size.keys, tma),
-        d_out=source(d_out, size.queries, tma),
+        q=tiles_of(q, size.queries, tma),
+        k=tiles_of(k, size.keys, tma),
+        v=tiles_of(v, size.keys, tma),
+        d_out=tiles_of(d_out, size.queries, tma),
         out=out,
         lse=lse,
         delta=delta,
@@ -101,13 +99,13 @@ def backward_key(d_out, q, k, v, lse, delta, dq_sums, dk, dv, options: Attention
     add_dq = dq_sums is not None
     size = choose_tile("backward_key_adding_dq" if add_dq else "backward_key", q, v, options)
     backward_key_kernel[grid(q, size.keys, k.shape[1])](
-        q=source(q, size.queries, tma),
-        k=source(k, size.keys, tma),
-        v=source(v, size.keys, tma),
-        d_out=source(d_out, size.queries, tma),
+        q=tiles_of(q, size.queries, tma),
+        k=tiles_of(k, size.keys, tma),
+        v=tiles_of(v, size.keys, tma),
+        d_out=tiles_of(d_out, size.queries, tma),
         lse=lse,
         delta=delta,
-        dq=source(dq_sums, size.queries, tma) if add_dq else None,
+        dq=tiles_of(dq_sums, size.queries, tma) if add_dq else None,
         dk=dk,
         dv=dv,
         **strides(q=q, k=k, v=v, d_out=d_out, dq=dq_sums if add_dq else q, dk=dk, dv=dv),
@@ -145,7 +143,7 @@ def shared_arguments(
         "SOFTCAP": options.softcap is not None,
         "DROPOUT": options.dropout_p > 0.0,
         "TMA": tma,
-        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+        "PRECISION": precision(q),
         "BLOCK_M": size.queries,
         "BLOCK_N": size.keys,
         "num_warps": size.warps,
@@ -161,11 +159,6 @@ def choose_tile(kernel: str, q: Tensor, v: Tensor, options: AttentionOptions) ->
     return tile_size(kernel, target_architecture(), head_size, q.element_size() * 8, options.causal)
 
 
-def target_architecture() -> int:
-    """Such as 90, of the device that Triton compiles for; 0 in the interpreter."""
-    return 0 if interpreting() else int(triton.runtime.driver.active.get_current_target().arch)
-
-
 def grid(q: Tensor, rows: int, heads: int) -> tuple[int]:
     return (q.shape[0] * heads * triton.cdiv(q.shape[2], rows),)
 
@@ -179,29 +172,6 @@ def padded(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def source(tensor: Tensor, rows: int, tma: bool) -> Tensor | TensorDescriptor:
+def tiles_of(tensor: Tensor, rows: int, tma: bool) -> Any:
     """What a kernel reads tiles of `rows` rows from."""
-    if not tma:
-        return tensor
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, rows, padded(tensor.shape[3])])
-
-
-def tma_reads(*tensors: Tensor) -> bool:
-    """Whether there is TMA and it can read these: rows of consecutive elements, all else a multiple of 16 bytes."""
-    if not interpreting() and target_architecture() < 90:
-        return False
-    return all(
-        tensor.data_ptr() % 16 == 0
-        and tensor.shape[3] * tensor.element_size() >= 16
-        and all(stride > 0 and stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:3])
-        for tensor in tensors
-    )
-
-
-def with_dense_rows(tensor: Tensor) -> Tensor:
-    """The kernels take any strides but that of the head size, which must be 1."""
-    return tensor if tensor.stride(3) == 1 else tensor.contiguous()
-
-
-def on_device_of(tensor: Tensor) -> AbstractContextManager:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    return source(tensor, [1, 1, rows, padded(tensor.shape[3])], tma)

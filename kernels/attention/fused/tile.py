@@ -9,12 +9,7 @@ queries visits form one range, and those it sees whole, which need no mask, form
 a tile of keys and the queries that see it.
 """
 
-import triton
-import triton.language as tl
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-# Below every score, yet finite: a row that has seen no key so far then rescales by exp2(0), not by exp2(inf - inf).
-LOWEST = tl.constexpr(-1e38)
+from kernels.jit import tl, triton
 
 
 @triton.jit
@@ -114,21 +109,6 @@ def tile_pointers(tensor, strides, batch, head, row, S, SIZE: tl.constexpr, ROWS
     corner += tl.cast(row, tl.int64) * strides[2]
     pointers = tensor + corner + rows[:, None] * strides[2] + columns[None, :]
     return pointers, (row + rows < S)[:, None] & (columns < SIZE)[None, :]
-
-
-@triton.jit
-def tanh(x):
-    """Within a few ulp: near 0 the polynomial of the Cephes library's tanhf, elsewhere by way of exp2."""
-    square = x * x
-    near = -5.70498872745e-3
-    near = near * square + 2.06390887954e-2
-    near = near * square - 5.37397155531e-2
-    near = near * square + 1.33314422036e-1
-    near = near * square - 3.33332819422e-1
-    near = near * square * x + x
-    decay = tl.exp2(tl.abs(x) * (-2.0 * LOG2_E))
-    far = (1.0 - decay) / (1.0 + decay)
-    return tl.where(tl.abs(x) < 0.625, near, tl.where(x < 0, -far, far))
 
 
 @triton.jit

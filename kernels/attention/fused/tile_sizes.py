@@ -10,8 +10,9 @@ from pathlib import Path
 
 TABLE = Path(__file__).with_name("tile_sizes.json")
 KERNELS = ("forward", "backward_query", "backward_key", "backward_key_adding_dq")
-# Compute capabilities with tables of their own; others take that of the nearest they are built like.
-ARCHITECTURES = {80: 80, 86: 86, 87: 80, 88: 86, 89: 86, 90: 90, 100: 100, 103: 100, 110: 100, 120: 120, 121: 120}
+# By compute capability, whose sizes to take. Consumer GPUs (8.6, 8.9, 12.x), and any not listed, have 99 KiB of shared
+# memory and the tensor core instructions of 8.0.
+ARCHITECTURES = {80: 80, 86: 86, 87: 80, 88: 86, 89: 86, 90: 90, 100: 100, 103: 100, 110: 100, 120: 86, 121: 86}
 HEAD_SIZES = (64, 128, 256)
 
 
@@ -31,7 +32,7 @@ SMALL = TileSize(32, 16, 4, 1)  # for the interpreter: short sequences have many
 @functools.cache
 def tile_size(kernel: str, architecture: int, head_size: int, bits: int, causal: bool) -> TileSize:
     """For `kernel`, one of KERNELS, on an architecture such as 90, a padded head size and the bits of the dtype."""
-    listed = ARCHITECTURES.get(architecture, 120 if architecture > 120 else 86)
+    listed = ARCHITECTURES.get(architecture, 86)
     bucket = next(size for size in HEAD_SIZES if size >= head_size)
     return _table()[kernel, listed, bucket, bits, causal]
 
