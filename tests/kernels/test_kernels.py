@@ -6,7 +6,26 @@ import kernels
 
 
 def test_public_names() -> None:
-    assert kernels.__all__ == ["backend", "flash_attention", "materialised_attention"]
+    assert kernels.__all__ == [
+        "backend",
+        "balancing_loss",
+        "cross_entropy",
+        "flash_attention",
+        "grouped_gemm",
+        "inverse_order",
+        "layer_norm",
+        "linear_cross_entropy",
+        "linear_gelu",
+        "linear_relu_squared",
+        "linear_swiglu",
+        "materialised_attention",
+        "rms_norm",
+        "rotary_embedding",
+        "route",
+        "sort_by_expert",
+        "update_bias",
+    ]
+    assert all(hasattr(kernels, name) for name in kernels.__all__)
 
 
 def test_attention_kernels_share_one_signature() -> None:

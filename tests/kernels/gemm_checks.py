@@ -1,0 +1,67 @@
+"""What the tests of matrix products share: the comparison with float64, and kernels compiled ahead of time."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parents[2]
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+MATRIX_PRODUCT = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}  # mma.sync, wgmma and tcgen05
+
+
+def results(function: Callable[..., Tensor], inputs: list[Tensor], gradient: Tensor) -> list[Tensor]:
+    """Output and gradients."""
+    inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+    out = function(*inputs)
+    assert out.shape == gradient.shape
+    gradients = torch.autograd.grad(out, inputs, gradient)
+    assert all(one.dtype == x.dtype and one.shape == x.shape for one, x in zip(gradients, inputs, strict=True))
+    assert out.dtype == inputs[0].dtype
+    return [out.detach(), *gradients]
+
+
+def assert_as_exact_as_the_reference(
+    found: list[Tensor], reference: Callable[..., Tensor], inputs: list[Tensor], gradient: Tensor
+) -> None:
+    """Against float64, the error is at most twice that of the reference in the dtype of the inputs, plus a few ulp."""
+    exact = results(reference, [tensor.double() for tensor in inputs], gradient.double())
+    plain = results(reference, inputs, gradient)
+    epsilon = torch.finfo(gradient.dtype).eps
+    for number, (truth, expected, result) in enumerate(zip(exact, plain, found, strict=True)):
+        allowed = 2 * _largest(expected - truth) + 4 * epsilon * max(1.0, _largest(truth))
+        error = _largest(result - truth)
+        assert error <= allowed, f"result {number}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def _largest(tensor: Tensor) -> float:
+    return tensor.abs().max().item() if tensor.numel() else 0.0
+
+
+def assert_compiled_well(script: str, architecture: int, cases: int) -> None:
+    """Every kernel that tests/kernels/`script` compiles keeps to registers and shared memory and, in 16 bits, has its
+    products on the fast instructions and its loads asynchronous.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", f"tests/kernels/{script}", str(architecture)],
+        cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    compiled = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(compiled) == cases
+    for one in compiled:
+        what = f"{one['case']}, {one['bits']} bits, sm_{architecture}"
+        instructions = one["instructions"]
+        assert not one["spills"], what
+        assert one["shared_bytes"] <= SHARED_BYTES[architecture], what
+        assert not one["wgmma_serialised"], what
+        assert ("LDGSTS" if architecture == 80 else "UTMALDG") in instructions, what
+        if one["bits"] == 16:
+            assert MATRIX_PRODUCT[architecture] in instructions, what
+            assert architecture == 80 or "HMMA" not in instructions, what
