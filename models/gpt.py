@@ -8,6 +8,7 @@ from typing import overload
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kernels import backend, linear_cross_entropy
 from models.config import ModelConfig
 from models.initialisation import initialise
 from models.layers import Embedding, Linear
@@ -76,12 +77,9 @@ class GPT(nn.Module):
         x_BTD = functional.dropout(x_BTD, self.dropout, self.training)
         for block in self.blocks:
             x_BTD = block(x_BTD, self.position)
-        head = self.token_embedding if self.head is None else self.head
-        logits_BTV = functional.linear(self.final_norm(x_BTD), head.weight)
-        if targets is None:
-            return logits_BTV
-        losses = functional.cross_entropy(logits_BTV.flatten(0, 1).float(), targets.flatten(), reduction="none")
-        return losses.view(targets.shape)
+        x_BTD = self.final_norm(x_BTD)
+        weight_VD = (self.token_embedding if self.head is None else self.head).weight
+        return functional.linear(x_BTD, weight_VD) if targets is None else _losses(x_BTD, weight_VD, targets)
 
     def flops(self, sequence_length: int) -> int:
         """FLOPs of the matrix multiplications of one forward pass over one sequence, exactly.
@@ -107,3 +105,12 @@ class GPT(nn.Module):
         without_embeddings = total - outside
         with_head = without_embeddings + self.config.vocabulary_size * self.config.width
         return {"total": total, "without_embeddings": without_embeddings, "with_head": with_head}
+
+
+def _losses(x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor) -> Tensor:
+    """(B, T) float32. The fused loss computes the logits twice to keep none: only its Triton kernels are worth that."""
+    if backend.choose("linear_cross_entropy", x_BTD.device) == "triton":
+        return linear_cross_entropy(x_BTD, weight_VD, targets_BT).float()
+    logits_BTV = functional.linear(x_BTD, weight_VD)
+    losses = functional.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction="none")
+    return losses.view(targets_BT.shape)

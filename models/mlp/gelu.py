@@ -1,16 +1,14 @@
 """The MLP of nanoGPT: up, exact GELU, down."""
 
 from torch import Tensor, nn
-from torch.nn import functional
 
+from kernels import linear_gelu
 from models.config import ModelConfig
 from models.layers import Linear
 
 
 class GeluMlp(nn.Module):
     """down(gelu(up(x))), `mlp_ratio` times as wide inside (Hendrycks and Gimpel 2016)."""
-
-    approximate = "none"
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -19,7 +17,11 @@ class GeluMlp(nn.Module):
         self.down = Linear(hidden, config.width, config, bias=config.bias, residual=True)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down(functional.gelu(self.up(x_BTD), approximate=self.approximate))
+        return self.down(self.activate(x_BTD))
+
+    def activate(self, x_BTD: Tensor) -> Tensor:
+        """The hidden values: the activation of up(x)."""
+        return linear_gelu(x_BTD, self.up.weight, self.up.bias)
 
     def flops(self, sequence_length: int) -> int:
         return self.up.flops(sequence_length) + self.down.flops(sequence_length)

@@ -1,8 +1,9 @@
 """Layer normalisation (Ba et al. 2016)."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from kernels import layer_norm
 from models.config import ModelConfig
 from models.layers import Draw
 
@@ -12,6 +13,9 @@ class LayerNorm(nn.LayerNorm):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config.width, eps=config.norm_epsilon, bias=config.bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return layer_norm(x_BTD, self.weight, self.bias, epsilon=self.eps)
 
     @torch.no_grad()
     def initialise(self, draw: Draw) -> None:

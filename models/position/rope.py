@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from kernels import rotary_embedding
 from models.config import ModelConfig
 
 
@@ -30,14 +31,7 @@ class RotaryPositions(nn.Module):
         return x_BTD
 
     def rotate(self, q_BHTD: Tensor, k_BHTD: Tensor) -> tuple[Tensor, Tensor]:
-        return self._turn(q_BHTD), self._turn(k_BHTD)
-
-    def _turn(self, x_BHTD: Tensor) -> Tensor:
-        cos_TP, sin_TP = self.cos_TP[: x_BHTD.shape[2]], self.sin_TP[: x_BHTD.shape[2]]
-        first, second = x_BHTD.chunk(2, dim=-1)
-        turned = torch.cat((first * cos_TP - second * sin_TP, second * cos_TP + first * sin_TP), dim=-1)
-        # Under autocast the float32 tables would hand float32 queries to a kernel whose values are bfloat16.
-        return turned.to(x_BHTD.dtype)
+        return rotary_embedding(q_BHTD, k_BHTD, self.cos_TP, self.sin_TP)
 
     def flops(self, sequence_length: int) -> int:
         """Pointwise work: not counted."""

@@ -34,14 +34,16 @@ def test_published_figures(sizes, millions, mqa_share) -> None:
     layers=st.integers(1, 3),
     heads=st.sampled_from([1, 2, 4]),
     tied=st.booleans(),
-    norm=st.sampled_from(["none", "layer_norm"]),
+    norm=st.sampled_from(["none", "layer_norm", "rms_norm"]),
+    mlp=st.sampled_from(["gelu", "relu_squared", "swiglu"]),
 )
-def test_closed_forms(length, layers, heads, tied, norm) -> None:
-    width, vocabulary = 16, 50
+def test_closed_forms(length, layers, heads, tied, norm, mlp) -> None:
+    """The gated MLP too costs 8 width^2, where the width lets it."""
+    width, vocabulary = 24, 50
     sizes = {"vocabulary_size": vocabulary, "context": 32, "layers": layers, "width": width, "heads": heads}
-    model = GPT(ModelConfig(**sizes, tied_head=tied, norm=norm))
+    model = GPT(ModelConfig(**sizes, tied_head=tied, norm=norm, mlp=mlp))
     matrices = layers * 12 * width**2
-    norms = width * (1 + (2 * layers if norm == "layer_norm" else 0))
+    norms = width * (1 + (0 if norm == "none" else 2 * layers))
     pairs = length * (length + 1) // 2
     counts = flops_per_sequence(model, length)
     assert counts == {

@@ -270,15 +270,20 @@ def test_inputs_that_do_not_fit(tokens, targets, message) -> None:
 COMPILED = [
     {},
     {"position": "rope", "norm": "layer_norm", "attention_kernel": "flash", "queries_per_kv_head": 4, "bias": True},
+    {"position": "rope", "norm": "rms_norm", "mlp": "relu_squared"},
+    {"norm": "rms_norm", "mlp": "swiglu", "bias": True, "tied_head": False},
 ]
 
 
-@pytest.mark.parametrize("variant", COMPILED, ids=["baseline", "all"])
-def test_it_compiles_in_one_graph(variant) -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("variant", COMPILED)
+def test_it_compiles_in_one_graph(variant, autocast) -> None:
+    torch.compiler.reset()  # a function is compiled for so many models only
     tokens, targets = torch.randint(VOCABULARY, (2, 2, CONTEXT), generator=torch.Generator().manual_seed(0))
     model = GPT(config(layers=1, **variant))
-    expected = model(tokens, targets)
-    losses = torch.compile(model, backend="aot_eager", fullgraph=True)(tokens, targets)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        expected = model(tokens, targets)
+        losses = torch.compile(model, backend="aot_eager", fullgraph=True)(tokens, targets)
     torch.testing.assert_close(losses, expected)
     losses.mean().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())

@@ -17,10 +17,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "baseline": {},
     "rope": {"position": "rope"},
     "layer_norm": {"norm": "layer_norm"},
+    "rms_norm": {"norm": "rms_norm"},
     "flash_attention": {"attention_kernel": "flash"},
     "gqa": {"queries_per_kv_head": 2},
     "mqa": {"queries_per_kv_head": 4},
     "gelu_tanh": {"mlp": "gelu_tanh"},
+    "relu_squared": {"mlp": "relu_squared"},
+    "swiglu": {"mlp": "swiglu"},
     "bias": {"bias": True},
     "untied": {"tied_head": False},
     "dropout": {"dropout": 0.5},
@@ -33,12 +36,12 @@ def config(**changed: Any) -> ModelConfig:
 
 
 def named_parts(model: GPT) -> dict[str, torch.Tensor]:
-    """Parameters by name, the fused projection taken apart."""
+    """Parameters by name, fused weights taken apart."""
     parts = dict(model.named_parameters())
-    for index, block in enumerate(model.blocks):
-        qkv = block.attention.qkv
-        fused = parts.pop(f"blocks.{index}.attention.qkv.weight").split(list(qkv.rows.values()))
-        parts |= {f"blocks.{index}.{name}": weight for name, weight in zip(qkv.rows, fused, strict=True)}
+    for path, module in model.named_modules():
+        if len(getattr(module, "rows", ())) > 1:
+            weights = parts.pop(f"{path}.weight").split(list(module.rows.values()))
+            parts |= {f"{path}.{name}": weight for name, weight in zip(module.rows, weights, strict=True)}
     return parts
 
 
@@ -46,7 +49,8 @@ def named_parts(model: GPT) -> dict[str, torch.Tensor]:
 def test_variants_share_bit_identical_weights(first, second) -> None:
     ours, theirs = (named_parts(GPT(config(**VARIANTS[name]), seed=3)) for name in (first, second))
     shared = [name for name in ours.keys() & theirs.keys() if ours[name].shape == theirs[name].shape]
-    assert {"token_embedding.weight", "blocks.0.query", "blocks.1.mlp.down.weight", "final_norm.weight"} <= set(shared)
+    assert {"token_embedding.weight", "blocks.0.attention.qkv.query", "final_norm.weight"} <= set(shared)
+    assert ("blocks.1.mlp.down.weight" in shared) == ("swiglu" not in (first, second))
     for name in shared:
         assert torch.equal(ours[name], theirs[name]), name
 
@@ -72,18 +76,20 @@ def test_the_global_generator_is_neither_read_nor_moved() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
-def test_no_two_weights_and_no_two_seeds_are_alike() -> None:
+@pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
+def test_no_two_weights_and_no_two_seeds_are_alike(mlp) -> None:
     drawn = [
         parameter.flatten()[:32]
         for seed in (0, 1, 2**40)
-        for parameter in named_parts(GPT(config(), seed=seed)).values()
+        for parameter in named_parts(GPT(config(mlp=mlp), seed=seed)).values()
         if parameter.dim() > 1
     ]
     assert len({tuple(values.tolist()) for values in drawn}) == len(drawn)
 
 
-def test_the_distribution_is_that_of_nanogpt() -> None:
-    model = GPT(config(width=128, layers=8, bias=True, norm="layer_norm"))
+@pytest.mark.parametrize("parts", [{"norm": "layer_norm"}, {"norm": "rms_norm", "mlp": "swiglu"}])
+def test_the_distribution_is_that_of_nanogpt(parts) -> None:
+    model = GPT(config(width=128, layers=8, bias=True, **parts))
     for name, parameter in named_parts(model).items():
         if name.endswith("bias"):
             assert not parameter.any(), name
