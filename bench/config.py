@@ -116,12 +116,13 @@ class PathsConfig:
 
 @dataclass
 class SpeedConfig:
-    """Which shapes `speed` measures an op at; an empty list takes the op's own, fewer and smaller on a CPU."""
+    """Which shapes `speed` measures attention at; an empty list takes its own, fewer and smaller on a CPU."""
 
     head_sizes: list[int] = field(default_factory=list)
     sequences: list[int] = field(default_factory=list)
     groups: list[int] = field(default_factory=list)  # query heads per key and value head
     limit: float | None = None  # seconds after which no further shape is begun
+    write_table: bool = False  # op=mlp on a GPU also writes kernels/mlp_measured.json
 
 
 def _model_schema() -> type:

@@ -1,7 +1,9 @@
 """How fast the kernels and the training step are on this device, beside their peers."""
 
+import importlib
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from bench.compose import compose_config
 from bench.config import settle
@@ -18,6 +20,10 @@ def measure_attention(overrides: Sequence[str]) -> int:
 
     with backend.use("auto"):
         return measure(compose_config(overrides))
+
+
+def measure_cases(op: str, overrides: Sequence[str]) -> int:
+    return importlib.import_module(f"bench.speed.{op}").measure(compose_config(overrides))
 
 
 def measure_training_step(overrides: Sequence[str]) -> int:
@@ -38,6 +44,11 @@ def measure_training_step(overrides: Sequence[str]) -> int:
 # Each checks and times one op on this device, prints what it found and returns an exit status.
 OPS: dict[str, Callable[[Sequence[str]], int]] = {
     "attention": measure_attention,
+    "norm": partial(measure_cases, "norm"),
+    "rope": partial(measure_cases, "rope"),
+    "mlp": partial(measure_cases, "mlp"),
+    "cross_entropy": partial(measure_cases, "cross_entropy"),
+    "grouped_gemm": partial(measure_cases, "grouped_gemm"),
     "training_step": measure_training_step,
 }
 

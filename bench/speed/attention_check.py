@@ -9,6 +9,7 @@ from torch import Tensor
 
 import kernels
 from bench.config import one_line
+from bench.speed import contest
 from bench.speed.attention_contestants import Attention
 from bench.training.device import Device
 
@@ -66,13 +67,8 @@ def check_case(head_size: int, group: int, sequence: int, causal: bool, determin
     # Fused backward passes subtract float32 numbers of this size, which cancel where a query sees one key.
     values = inputs[2].detach().double().repeat_interleave(group, 1)
     cancelled = (inputs[3].double() @ values.mT).abs().max() * torch.finfo(torch.float32).eps
-    epsilon = torch.finfo(inputs[0].dtype).eps
-    for name, truth, rounded, found in zip(RESULTS, exact, plain, fused, strict=True):
-        allowed = 2 * (rounded - truth).abs().max() + 4 * epsilon * truth.abs().max().clamp(min=1.0) + cancelled
-        error = (found - truth).abs().max()
-        if not error <= allowed:  # not a number is wrong too
-            return f"{name} is off by {error:.2g}, {allowed:.2g} allowed"
-    return ""
+    named = dict(zip(RESULTS, exact, strict=True))
+    return contest.excess(fused, plain, named, torch.finfo(inputs[0].dtype).eps, cancelled)
 
 
 def draw(shape: Shape, device: Device) -> list[Tensor]:
@@ -88,8 +84,7 @@ def draw(shape: Shape, device: Device) -> list[Tensor]:
 
 def results(attention: Attention, inputs: list[Tensor]) -> list[Tensor]:
     """out, dq, dk and dv for q, k, v and d_out."""
-    out = attention(*inputs[:3])
-    return [out.detach(), *torch.autograd.grad(out, inputs[:3], inputs[3])]
+    return contest.results(attention, inputs[:3], inputs[3:])
 
 
 def first_key_head(inputs: list[Tensor]) -> list[Tensor]:
@@ -103,7 +98,3 @@ def first_key_head(inputs: list[Tensor]) -> list[Tensor]:
         parts.append(results(kernels.materialised_attention, [tensor.clone().requires_grad_() for tensor in part]))
     out, dq, dk, dv = zip(*parts, strict=True)
     return [torch.cat(out, 1), torch.cat(dq, 1), sum(dk), sum(dv)]
-
-
-def root_mean_square(tensor: Tensor) -> float:
-    return tensor.float().square().mean().sqrt().item()

@@ -9,13 +9,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import kernels
+from bench.speed.contest import NotHere
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 Make = Callable[[int, torch.device], Attention]
-
-
-class NotHere(Exception):
-    """Why a contestant does not take part, where nothing is wrong with that."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +24,6 @@ class Contestant:
     make: Make
     device: str | None = None  # the only type of device it is measured on
     backward_only: bool = False  # its forward pass is that of another contestant
-
-    @property
-    def ours(self) -> bool:
-        return self.name.startswith("ours")
 
 
 def ours(sequence: int, device: torch.device) -> Attention:

@@ -3,6 +3,7 @@
 import statistics
 from typing import Any
 
+from bench.speed.figures import is_ours, missing_lines, number
 from bench.speed.timing import summarise
 
 BLOCK = ("heads", "key_heads", "head_size")  # of a shape: what the rows of one block of the table share
@@ -38,10 +39,6 @@ def ratios(name: str, rates: dict[str, float]) -> dict[str, Any]:
         "to_best_peer": best and rates[name] / peers[best],
         "to_flash_attention_2": rates[name] / peers["flash_attention_2"] if "flash_attention_2" in peers else None,
     }
-
-
-def is_ours(name: str) -> bool:
-    return name.startswith("ours")
 
 
 def progress(row: dict[str, Any], titles: dict[str, str]) -> str:
@@ -87,10 +84,6 @@ def block_lines(found: list[tuple[int, dict[str, Any]]], titles: dict[str, str])
     return lines
 
 
-def number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
 def memory_lines(rows: list[dict[str, Any]], titles: dict[str, str]) -> list[str]:
     """Of the longest sequences; none where memory is not measured."""
     longest = max((row["shape"]["sequence"] for row in rows), default=0)
@@ -102,14 +95,3 @@ def memory_lines(rows: list[dict[str, Any]], titles: dict[str, str]) -> list[str
             lines.append(f"peak memory in MiB, forward and backward, S {longest}, {heads}/{key_heads} heads of {size}:")
             lines.append("  " + ", ".join(f"{titles[name]} {peak / 2**20:.0f}" for name, peak in peaks.items()))
     return lines
-
-
-def missing_lines(rows: list[dict[str, Any]], titles: dict[str, str]) -> list[str]:
-    """Each reason once, with the number of shapes it holds for."""
-    counts: dict[tuple[str, str], int] = {}
-    for row in rows:
-        for missing in row["left_out"].items():
-            counts[missing] = counts.get(missing, 0) + 1
-    return [
-        f"left out: {titles[name]}, at {count} of {len(rows)} shapes: {why}" for (name, why), count in counts.items()
-    ]

@@ -105,6 +105,7 @@ def describe_moment(device: Device) -> dict[str, Any]:
         "git_commit": git_commit(),
         "command": " ".join(["python -m bench", *sys.argv[1:]]),
         "flash-attn-4": version("flash-attn-4"),
+        "liger-kernel": version("liger-kernel"),
         "gpu": nvidia_smi(*GPU_FIELDS) if device.torch_device.type == "cuda" else None,
     }
 

@@ -10,8 +10,8 @@ import kernels
 from bench.__main__ import main
 from bench.config import DeviceConfig, SpeedConfig
 from bench.errors import UserError
-from bench.speed import attention, attention_check
-from bench.speed.attention import choose_shapes, measure_shape, time_steps
+from bench.speed import attention, attention_check, contest
+from bench.speed.attention import choose_shapes, measure_shape
 from bench.speed.attention_check import Shape
 from bench.speed.attention_contestants import Contestant, sdpa
 from bench.training.device import Device, open_device
@@ -24,7 +24,7 @@ SMALL = ["op=attention", "device=cpu", "speed.head_sizes=[16]", "speed.sequences
 
 @pytest.fixture(autouse=True)
 def _few_rounds(monkeypatch) -> None:
-    monkeypatch.setattr(attention, "SECONDS", 0.0)
+    monkeypatch.setattr(contest, "SECONDS", 0.0)
     monkeypatch.setattr(attention, "TOKENS", {"cpu": 40, "cuda": 16384})
     monkeypatch.setattr(attention, "WIDTHS", {"cpu": 64, "cuda": 2048})
     monkeypatch.setattr(attention_check, "CHECKED_SEQUENCES", (13,))
@@ -175,29 +175,6 @@ def test_a_peer_that_fails_is_left_out_with_its_reason(cpu, monkeypatch, make, w
     row = measure_shape(Shape(1, 4, 2, 24, 16), cpu, attention.defaultdict(float))
     assert row["left_out"]["peer"].startswith(why)
     assert set(row["forward"]["contestants"]) == set(row["backward"]["contestants"]) == CPU_NAMES
-
-
-def test_a_peer_that_fails_while_it_is_timed_leaves_the_others_their_times() -> None:
-    calls = itertools.count()
-
-    def failing() -> None:
-        if next(calls) == 2:
-            raise RuntimeError("out of memory")
-
-    left_out: dict[str, str] = {}
-    times = time_steps({"good": lambda: None, "bad": failing}, lambda step: step() or 1.0, left_out)
-    assert set(times) == {"good"}
-    assert set(times["good"]) == {1.0}
-    assert left_out == {"bad": "RuntimeError: out of memory"}
-
-
-def test_a_gpu_that_breaks_while_timing_leaves_everyone_out() -> None:
-    def broken(step) -> float:
-        raise RuntimeError("illegal memory access")
-
-    left_out: dict[str, str] = {}
-    assert time_steps({"a": lambda: None, "b": lambda: None}, broken, left_out) == {}
-    assert left_out == dict.fromkeys("ab", "RuntimeError: illegal memory access")
 
 
 def test_a_shape_that_does_not_fit_is_a_row_without_times(tmp_path, monkeypatch, capsys) -> None:

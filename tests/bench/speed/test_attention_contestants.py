@@ -8,7 +8,9 @@ import torch
 
 from bench.config import DeviceConfig
 from bench.speed.attention_check import Shape, draw, first_key_head, results
-from bench.speed.attention_contestants import CONTESTANTS, NotHere, flash_attention_4
+from bench.speed.attention_contestants import CONTESTANTS, flash_attention_4
+from bench.speed.contest import NotHere
+from bench.speed.figures import is_ours
 from bench.training.device import open_device
 from kernels import backend, materialised_attention
 
@@ -19,7 +21,7 @@ BY_NAME = {contestant.name: contestant for contestant in CONTESTANTS}
 def test_names_and_titles_are_different_and_titles_fit_a_column() -> None:
     assert len(BY_NAME) == len(CONTESTANTS) == len({contestant.title for contestant in CONTESTANTS})
     assert max(len(contestant.title) for contestant in CONTESTANTS) <= 10
-    assert [contestant.name for contestant in CONTESTANTS if contestant.ours] == ["ours", "ours_any_order"]
+    assert [name for name in BY_NAME if is_ours(name)] == ["ours", "ours_any_order"]
 
 
 @pytest.mark.parametrize("key_heads", [1, 4])

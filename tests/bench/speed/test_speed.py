@@ -38,7 +38,7 @@ def test_a_named_op_that_cannot_run_is_a_mistake(ran, capsys) -> None:
 
 def test_an_unknown_op_is_a_mistake(capsys) -> None:
     assert main(["speed", "op=nonsense"]) == 2
-    assert "op=nonsense is unknown: choose all or attention, training_step" in capsys.readouterr().err
+    assert "op=nonsense is unknown: choose all or attention, norm, rope, mlp" in capsys.readouterr().err
 
 
 def test_an_unknown_setting_is_a_mistake(capsys) -> None:
