@@ -1,18 +1,11 @@
 """What the tests of matrix products share: the comparison with float64, and kernels compiled ahead of time."""
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).parents[2]
-SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-MATRIX_PRODUCT = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}  # mma.sync, wgmma and tcgen05
+from tests.kernels.compiled import MATRIX_PRODUCT, SHARED_BYTES, run_compiled
 
 
 def results(function: Callable[..., Tensor], inputs: list[Tensor], gradient: Tensor) -> list[Tensor]:
@@ -43,17 +36,11 @@ def _largest(tensor: Tensor) -> float:
     return tensor.abs().max().item() if tensor.numel() else 0.0
 
 
-def assert_compiled_well(script: str, architecture: int, cases: int) -> None:
-    """Every kernel that tests/kernels/`script` compiles keeps to registers and shared memory and, in 16 bits, has its
+def assert_compiled_well(module: str, architecture: int, cases: int) -> None:
+    """Every kernel that `module` compiles keeps to registers and shared memory and, in 16 bits, has its
     products on the fast instructions and its loads asynchronous.
     """
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", f"tests/kernels/{script}", str(architecture)],
-        cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    compiled = [json.loads(line) for line in done.stdout.splitlines()]
+    compiled = run_compiled(module, architecture)
     assert len(compiled) == cases
     for one in compiled:
         what = f"{one['case']}, {one['bits']} bits, sm_{architecture}"

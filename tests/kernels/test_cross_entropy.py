@@ -1,14 +1,10 @@
 """cross_entropy and linear_cross_entropy, in Triton and in PyTorch, against their references in float64."""
 
 import itertools
-import json
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,14 +23,12 @@ from kernels.cross_entropy import (
     linear_cross_entropy_reference,
 )
 from kernels.gemm import TileSize
+from tests.kernels.attention.exactness import DEVICE, poisoned_memory
+from tests.kernels.compiled import MATRIX_PRODUCT, SHARED_BYTES, run_compiled
 
 # Of ignored tokens, in the interpreter, whose results are not used.
 pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value):RuntimeWarning")
 
-ROOT = Path(__file__).parents[2]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHARED_BYTES = {80: 166912, 90: 232448, 100: 232448}
-MATRIX_PRODUCT = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}  # mma.sync, wgmma and tcgen05
 BACKENDS = pytest.mark.parametrize("name", ["triton", "torch"])
 BOTH = pytest.mark.parametrize("linear", [False, True], ids=["logits", "linear"])
 OPTIONS = {
@@ -90,10 +84,8 @@ def results(function: Callable[..., Tensor], inputs: list[Tensor], targets: Tens
 @pytest.fixture(autouse=True)
 def _poisoned_memory():
     """torch.empty is full of NaN, so that whatever a kernel forgets to write shows."""
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    with poisoned_memory():
+        yield
 
 
 @pytest.fixture
@@ -484,13 +476,7 @@ def test_any_shape_and_strides(name, linear, tokens, width, vocabulary, layout, 
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 def test_compiled_ahead_of_time(architecture) -> None:
     """No spills, within shared memory, on the instructions that are fast."""
-    pytest.importorskip("triton")
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    script = [sys.executable, "-W", "ignore", "tests/kernels/compile_cross_entropy.py", str(architecture)]
-    environment["PYTHONPATH"] = str(ROOT)
-    done = subprocess.run(script, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    compiled = [json.loads(line) for line in done.stdout.splitlines()]
+    compiled = run_compiled("tests.kernels.compile_cross_entropy", architecture)
     assert len(compiled) == 16
     for one in compiled:
         what = f"{one['name']} sm_{architecture} {one['dtype']} {one['width']} {one['every_option']}"

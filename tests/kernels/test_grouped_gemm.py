@@ -285,4 +285,4 @@ def test_dtypes_without_a_kernel() -> None:
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 def test_compiled_ahead_of_time(architecture) -> None:
     pytest.importorskip("triton")
-    assert_compiled_well("compile_grouped_gemm.py", architecture, cases=6)
+    assert_compiled_well("tests.kernels.compile_grouped_gemm", architecture, cases=6)

@@ -328,4 +328,4 @@ def test_the_table_names_devices_ops_and_widths() -> None:
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 def test_compiled_ahead_of_time(architecture) -> None:
     pytest.importorskip("triton")
-    assert_compiled_well("compile_mlp.py", architecture, cases=8)
+    assert_compiled_well("tests.kernels.compile_mlp", architecture, cases=8)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kernels import backend, norm
 from kernels.norm import layer_norm, layer_norm_reference, rms_norm, rms_norm_reference
 from tests.kernels.attention.exactness import DEVICE, poisoned_memory
-from tests.kernels.attention.test_compiled import SHARED_BYTES, run_compiled
+from tests.kernels.compiled import SHARED_BYTES, run_compiled
 
 EPSILON = 1e-5
 KINDS = ("rms", "rms without weight", "layer", "layer with bias")
@@ -308,7 +308,7 @@ def test_wrong_arguments(function, wrong, said) -> None:
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 def test_resources_and_instructions(architecture: int) -> None:
-    compiled = run_compiled("-m", "tests.kernels.compile_norm", str(architecture))
+    compiled = run_compiled("tests.kernels.compile_norm", architecture)
     assert [one["name"] for one in compiled] == ["norm_forward_kernel", "norm_backward_kernel"] * 3
     for one in compiled:
         what = f"{one['name']} sm_{architecture} D={one['width']} {one['bits']} bits"

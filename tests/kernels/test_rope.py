@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels import backend, rope
 from kernels.rope import rotary_embedding, rotary_embedding_reference
 from tests.kernels.attention.exactness import DEVICE, poisoned_memory
-from tests.kernels.attention.test_compiled import SHARED_BYTES, run_compiled
+from tests.kernels.compiled import SHARED_BYTES, run_compiled
 
 BACKENDS = ("triton", "torch")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -282,7 +282,7 @@ def test_wrong_arguments(function, wrong, said) -> None:
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 def test_resources_and_instructions(architecture: int) -> None:
-    compiled = run_compiled("-m", "tests.kernels.compile_rope", str(architecture))
+    compiled = run_compiled("tests.kernels.compile_rope", architecture)
     assert len(compiled) == 3
     for one in compiled:
         what = f"sm_{architecture} C={one['size']} {one['bits']} bits, {one['registers']} registers"
