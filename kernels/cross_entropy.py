@@ -394,10 +394,11 @@ def _empty_chunk(x: Tensor, tokens: int, vocabulary: int) -> Tensor:
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, *, keep: bool) -> None:
     """total = keep * total + a b, where a and b may have half the bits of the total."""
-    if total.dtype != a.dtype and total.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, beta=float(keep), out=total)
-    else:
+    if total.dtype == a.dtype or not total.is_cuda:
         total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=float(keep))
+    else:  # a float32 sum of the tensor cores, which addmm cannot add to a float32 total in every supported PyTorch
+        product = torch.mm(a, b, out_dtype=total.dtype)
+        (total.add_ if keep else total.copy_)(product)
 
 
 def _linear_statistics_by_torch(
