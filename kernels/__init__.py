@@ -3,8 +3,9 @@
 from kernels import backend
 from kernels.attention.flash import flash_attention
 from kernels.attention.reference import materialised_attention
-from kernels.cross_entropy import cross_entropy, linear_cross_entropy
+from kernels.cross_entropy import cross_entropy
 from kernels.grouped_gemm import grouped_gemm
+from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.mlp import linear_gelu, linear_relu_squared, linear_swiglu
 from kernels.norm import layer_norm, rms_norm
 from kernels.rope import rotary_embedding

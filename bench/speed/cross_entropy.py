@@ -11,7 +11,8 @@ import kernels
 from bench.speed.contest import Function
 from bench.speed.ops import Case, Normal, absent, both, bytes_per_value, compiled, here, liger, measure_cases
 from bench.training.device import Device, open_device
-from kernels.cross_entropy import cross_entropy_reference, linear_cross_entropy_reference
+from kernels.cross_entropy import cross_entropy_reference
+from kernels.linear_cross_entropy import linear_cross_entropy_reference
 
 SIZES = {"cuda": ((16384, 768, 50304),), "cpu": ((128, 32, 500),)}  # tokens, width, vocabulary
 CHECKED = {"cuda": ((63, 768, 50304), (1000, 768, 50257)), "cpu": ((63, 48, 257),)}

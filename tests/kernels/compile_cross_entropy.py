@@ -11,7 +11,9 @@ import torch
 
 from bench.speed.ahead_of_time import compile_for
 
-cross_entropy = importlib.import_module("kernels.cross_entropy")  # kernels.cross_entropy is the function
+# The names in the package are those of the functions.
+cross_entropy = importlib.import_module("kernels.cross_entropy")
+linear_cross_entropy = importlib.import_module("kernels.linear_cross_entropy")
 
 PLAIN = cross_entropy.LossOptions(-100, None, 0.0, 0.0)
 EVERY = cross_entropy.LossOptions(-100, 15.0, 1e-4, 0.1)
@@ -26,9 +28,9 @@ def launch(dtype: torch.dtype, vocabulary: int, width: int, options: cross_entro
     cross_entropy._launch_forward(logits, targets, losses, lse, options)
     cross_entropy._launch_backward(losses, logits, targets, lse, logits, options)
     x, weight = torch.empty(TOKENS, width, dtype=dtype), torch.empty(vocabulary, width, dtype=dtype)
-    cross_entropy._linear_statistics_by_triton(x, weight, targets, options)
-    d_logits = cross_entropy._empty_chunk(x, TOKENS, vocabulary)
-    cross_entropy._store_d_logits_by_triton(losses, x, weight, targets, lse, d_logits, options)
+    linear_cross_entropy._linear_statistics_by_triton(x, weight, targets, options)
+    d_logits = linear_cross_entropy._empty_chunk(x, TOKENS, vocabulary)
+    linear_cross_entropy._store_d_logits_by_triton(losses, x, weight, targets, lse, d_logits, options)
 
 
 architecture = int(sys.argv[1])

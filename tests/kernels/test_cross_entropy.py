@@ -16,13 +16,9 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import backend
-from kernels.cross_entropy import (
-    cross_entropy,
-    cross_entropy_reference,
-    linear_cross_entropy,
-    linear_cross_entropy_reference,
-)
+from kernels.cross_entropy import cross_entropy, cross_entropy_reference
 from kernels.gemm import TileSize
+from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from tests.kernels.attention.exactness import DEVICE, poisoned_memory
 from tests.kernels.compiled import MATRIX_PRODUCT, SHARED_BYTES, run_compiled
 
@@ -91,7 +87,7 @@ def _poisoned_memory():
 @pytest.fixture
 def large_tiles(monkeypatch) -> None:
     """The interpreter's time goes by the number of tiles."""
-    monkeypatch.setattr(sys.modules["kernels.cross_entropy"], "SMALL", TileSize(64, 8192, 16, 4, 1))
+    monkeypatch.setattr(sys.modules["kernels.linear_cross_entropy"], "SMALL", TileSize(64, 8192, 16, 4, 1))
 
 
 def functions(linear: bool) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
