@@ -131,48 +131,49 @@ def backward_key_kernel(
 
     dk_ND = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_NE = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
-    for member in range(GROUP):
-        head = key_head * GROUP + member
-        batch_head = batch * heads + head
-        statistics = tl.cast(batch_head, tl.int64) * S
-        for phase in tl.static_range(3):
-            if phase == 0 or BOUNDED or (phase == 1 and CAUSAL):
-                for row in tl.range(ranges[phase][0], ranges[phase][1], BLOCK_M):
-                    rows_M = row + tl.arange(0, BLOCK_M)
-                    seen_NM = rows_M[None, :] <= last_N[:, None]
-                    if CAUSAL or DOCUMENTS:
-                        seen_NM = seen_NM & (rows_M[None, :] >= first_N[:, None])
-                    lse_M = tl.load(lse + statistics + rows_M, mask=rows_M < S, other=float("inf"))
-                    q_MD = load_tile(
-                        q, q_strides, batch, head, row, S, D, BLOCK_M, BLOCK_D, TMA, phase > 0 or not BOUNDED
-                    )
-                    scores_NM = tl.dot(k_ND, q_MD.T, input_precision=PRECISION)
-                    weights_NM, slope_NM = softmax_weights(
-                        scores_NM, lse_M[None, :], seen_NM, scale, softcap, SOFTCAP, phase > 0
-                    )
-                    d_out_ME = load_tile(
-                        d_out, d_out_strides, batch, head, row, S, E, BLOCK_M, BLOCK_E, TMA, phase > 0 or not BOUNDED
-                    )
-                    delta_M = tl.load(delta + statistics + rows_M, mask=rows_M < S, other=0.0)
-                    if DROPOUT:
-                        keep_NM = kept(dropout, batch_head, rows_M[None, :], columns_N[:, None])
-                        d_weights_NM = tl.dot(v_NE, d_out_ME.T, input_precision=PRECISION)
-                        centred_NM = tl.where(keep_NM, d_weights_NM * dropout[2], 0.0) - delta_M[None, :]
-                        dropped_NM = tl.where(keep_NM, weights_NM * dropout[2], 0.0)
+    for phase in tl.static_range(3):
+        if phase == 0 or BOUNDED or (phase == 1 and CAUSAL):
+            # One loop over the tiles of all heads: a loop over heads around it would cost registers.
+            tiles = tl.cdiv(ranges[phase][1] - ranges[phase][0], BLOCK_M)
+            for step in tl.range(0, tiles * GROUP):
+                member = step // tiles if GROUP > 1 else 0
+                row = ranges[phase][0] + (step - member * tiles) * BLOCK_M
+                head = key_head * GROUP + member
+                batch_head = batch * heads + head
+                statistics = tl.cast(batch_head, tl.int64) * S
+                rows_M = row + tl.arange(0, BLOCK_M)
+                seen_NM = rows_M[None, :] <= last_N[:, None]
+                if CAUSAL or DOCUMENTS:
+                    seen_NM = seen_NM & (rows_M[None, :] >= first_N[:, None])
+                lse_M = tl.load(lse + statistics + rows_M, mask=rows_M < S, other=float("inf"))
+                q_MD = load_tile(q, q_strides, batch, head, row, S, D, BLOCK_M, BLOCK_D, TMA, phase > 0 or not BOUNDED)
+                scores_NM = tl.dot(k_ND, q_MD.T, input_precision=PRECISION)
+                weights_NM, slope_NM = softmax_weights(
+                    scores_NM, lse_M[None, :], seen_NM, scale, softcap, SOFTCAP, phase > 0
+                )
+                d_out_ME = load_tile(
+                    d_out, d_out_strides, batch, head, row, S, E, BLOCK_M, BLOCK_E, TMA, phase > 0 or not BOUNDED
+                )
+                delta_M = tl.load(delta + statistics + rows_M, mask=rows_M < S, other=0.0)
+                if DROPOUT:
+                    keep_NM = kept(dropout, batch_head, rows_M[None, :], columns_N[:, None])
+                    d_weights_NM = tl.dot(v_NE, d_out_ME.T, input_precision=PRECISION)
+                    centred_NM = tl.where(keep_NM, d_weights_NM * dropout[2], 0.0) - delta_M[None, :]
+                    dropped_NM = tl.where(keep_NM, weights_NM * dropout[2], 0.0)
+                else:
+                    # A sum that begins at -delta needs fewer registers than one that delta is taken from.
+                    centred_NM = tl.broadcast_to(-delta_M[None, :], (BLOCK_N, BLOCK_M))
+                    centred_NM = tl.dot(v_NE, d_out_ME.T, centred_NM, input_precision=PRECISION)
+                    dropped_NM = weights_NM
+                dv_NE = tl.dot(dropped_NM.to(d_out_ME.dtype), d_out_ME, dv_NE, input_precision=PRECISION)
+                d_scores_NM = (weights_NM * centred_NM * slope_NM).to(q_MD.dtype)
+                dk_ND = tl.dot(d_scores_NM, q_MD, dk_ND, input_precision=PRECISION)
+                if ADD_DQ:
+                    dq_MD = tl.dot(d_scores_NM.T, k_ND, input_precision=PRECISION) * scale
+                    if TMA:
+                        dq.atomic_add([batch, head, row, 0], dq_MD.reshape(1, 1, BLOCK_M, BLOCK_D))
                     else:
-                        # A sum that begins at -delta needs fewer registers than one that delta is taken from.
-                        centred_NM = tl.broadcast_to(-delta_M[None, :], (BLOCK_N, BLOCK_M))
-                        centred_NM = tl.dot(v_NE, d_out_ME.T, centred_NM, input_precision=PRECISION)
-                        dropped_NM = weights_NM
-                    dv_NE = tl.dot(dropped_NM.to(d_out_ME.dtype), d_out_ME, dv_NE, input_precision=PRECISION)
-                    d_scores_NM = (weights_NM * centred_NM * slope_NM).to(q_MD.dtype)
-                    dk_ND = tl.dot(d_scores_NM, q_MD, dk_ND, input_precision=PRECISION)
-                    if ADD_DQ:
-                        dq_MD = tl.dot(d_scores_NM.T, k_ND, input_precision=PRECISION) * scale
-                        if TMA:
-                            dq.atomic_add([batch, head, row, 0], dq_MD.reshape(1, 1, BLOCK_M, BLOCK_D))
-                        else:
-                            pointers, inside = tile_pointers(dq, dq_strides, batch, head, row, S, D, BLOCK_M, BLOCK_D)
-                            tl.atomic_add(pointers, dq_MD, mask=inside, sem="relaxed")
+                        pointers, inside = tile_pointers(dq, dq_strides, batch, head, row, S, D, BLOCK_M, BLOCK_D)
+                        tl.atomic_add(pointers, dq_MD, mask=inside, sem="relaxed")
     store_tile(dk, dk_strides, batch, key_head, column, S, dk_ND * scale, D, BLOCK_N, BLOCK_D)
     store_tile(dv, dv_strides, batch, key_head, column, S, dv_NE, E, BLOCK_N, BLOCK_E)
