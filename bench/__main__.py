@@ -8,7 +8,7 @@ COMMANDS = {
     "prepare": "read or download a corpus, tokenize it and write shards",
     "train": "train one trajectory, or with -m every trajectory of a study",
     "status": "show how each trajectory of a study stands",
-    "gains": "turn a study's finished runs into compute-equivalent gains and a report",
+    "gains": "turn finished runs, or a table of results, into compute-equivalent gains and a report",
     "speed": "check and time what this project made fast, beside its peers",
 }
 
@@ -16,7 +16,11 @@ COMMANDS = {
 def usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {does}" for name, does in COMMANDS.items()]
-    examples = ["  python -m bench train -m study=quickstart", "  python -m bench gains study=quickstart"]
+    examples = [
+        "  python -m bench train -m study=quickstart",
+        "  python -m bench gains study=quickstart",
+        "  python -m bench gains data=table path=results.csv output=gains",
+    ]
     return "\n".join(["usage: python -m bench <command> [Hydra overrides]", "", *lines, "", "for example:", *examples])
 
 

@@ -1,13 +1,18 @@
 """The commands of the command line, one function each. What a command needs is imported when it runs."""
 
+import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from bench.compose import compose_config, launch, override_key, split_sweep
+from bench.compose import GAINS_FOLDER, choices, compose_config, launch, override_key, split_sweep
 from bench.config import Experiment, variant_name
 from bench.errors import UserError
+
+if TYPE_CHECKING:
+    from bench.gains.sources import Results
 
 
 def prepare(overrides: list[str]) -> int:
@@ -88,25 +93,80 @@ def status(overrides: list[str]) -> int:
 
 
 def gains(overrides: list[str]) -> int:
-    """Measures the gains of a study; trajectories of other settings that lie beside its own are left out."""
-    import json
-
+    """Measures the gains of a study, or of results that were trained elsewhere."""
     from bench.gains import compute_gains
-    from bench.report import print_gains, write_report
-    from bench.runs.folder import write_whole
+    from bench.report import print_gains
+
+    settings, baseline, results, folder = others_results(overrides) or own_results(overrides)
+    found = compute_gains(
+        results,
+        baseline=baseline,
+        estimator=settings.estimator,
+        replicates=settings.replicates,
+        power_width=settings.power_width if settings.power else None,
+        forecast=list(settings.forecast),
+        forecast_far=settings.forecast_far,
+    )
+    files = write_gains(found, folder)
+    print_gains(found)
+    for what, file in files.items():
+        print(f"{what}: {file.resolve()}")
+    return 0
+
+
+def own_results(overrides: list[str]) -> tuple[DictConfig, str, "Results", Path]:
+    """A study's settings, baseline, results and folder; trajectories of other settings beside its own are left out."""
+    from bench.gains.estimators import find_estimator
+    from bench.gains.sources.runs import read_study
     from bench.runs.study import study_experiments
 
     config = compose_config(overrides)
     folder = Path(config.paths.runs) / config.study.name
     planned = [experiment.folder for experiment in study_experiments(overrides)] if config.study.variants else None
-    found = compute_gains(
-        folder, baseline=variant_name(config.study.baseline), estimator=config.estimator, planned=planned
-    )
-    write_whole(folder / "gains.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
-    report = write_report(found, folder / "report.html")
-    print_gains(found)
-    print(f"report: {report.resolve()}")
-    return 0
+    results = read_study(folder, planned, with_curves=find_estimator(config.estimator).reads_curves)
+    return config, variant_name(config.study.baseline), results, Path(config.output or folder)
+
+
+def others_results(overrides: list[str]) -> tuple[DictConfig, str, "Results", Path] | None:
+    """The same of results that were trained elsewhere; None where the overrides name no source of such results.
+
+    Raises:
+        UserError: something is missing, or a word is no source and no corpus either.
+    """
+    from bench.gains.sources import find_source
+
+    chosen = {override_key(override): override.partition("=")[2] for override in overrides}
+    data, sources = chosen.get("data"), choices("data", GAINS_FOLDER)
+    if data not in sources:
+        if "study" in chosen or ("path" not in chosen and data in (None, *choices("data"))):
+            return None
+        slip = f"data={data} is no source of results: choose from" if data else "say what it holds: choose data= from"
+        raise UserError(f"{slip} {', '.join(sources)}")
+    config = compose_config(overrides, GAINS_FOLDER)
+    for key, example in (("path", "results.csv"), ("output", "gains")):
+        if OmegaConf.is_missing(config, key) or config[key] is None:
+            raise UserError(f"{key} is missing: say {key}={example} or the like")
+    path = Path(config.path).expanduser()
+    source = OmegaConf.to_object(config.data)
+    name = config.name or Path(next(part for part in reversed(path.absolute().parts) if "*" not in part)).stem
+    return config, config.baseline, find_source(source.source).read(path, source, name), Path(config.output)
+
+
+def write_gains(found: dict[str, Any], folder: Path) -> dict[str, Path]:
+    """Writes a study's gains as JSON, as a table and as a page; returns the files."""
+    from bench.report import write_report
+    from bench.report.spreadsheet import write_spreadsheet
+    from bench.runs.folder import write_whole
+
+    files = {"gains": folder / "gains.json", "table": folder / "gains.csv", "report": folder / "report.html"}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(files["gains"], json.dumps(found, indent=1, allow_nan=False) + "\n")
+        write_spreadsheet(found, files["table"])
+        write_report(found, files["report"])
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}; choose another output") from None
+    return files
 
 
 def speed(overrides: list[str]) -> int:

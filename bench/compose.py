@@ -19,29 +19,35 @@ from bench.config import one_line, register_configs
 from bench.errors import UserError
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "conf"
+GAINS_FOLDER = CONFIG_FOLDER / "gains"  # the root for results that were not trained here
 
 
 @contextmanager
-def hydra_session() -> Iterator[None]:
-    """Hydra initialised on `conf/`; its errors leave as a UserError of one line."""
+def hydra_session(folder: Path = CONFIG_FOLDER) -> Iterator[None]:
+    """Hydra initialised on a folder of configurations; its errors leave as a UserError of one line."""
     register_configs()
     try:
-        with initialize_config_dir(config_dir=str(CONFIG_FOLDER), version_base="1.3", job_name="bench"):
+        with initialize_config_dir(config_dir=str(folder), version_base="1.3", job_name="bench"):
             yield
     except MissingConfigException as error:
-        raise UserError(missing_choice(error)) from None
+        raise UserError(missing_choice(error, folder)) from None
     except OverrideParseException as error:
         raise UserError(f"cannot read {error.override}: {one_line(error)}") from None
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(one_line(error)) from None
 
 
-def missing_choice(error: MissingConfigException) -> str:
+def missing_choice(error: MissingConfigException, folder: Path) -> str:
     group, _, choice = (error.missing_cfg_file or "").rpartition("/")
-    offered = sorted(path.stem for path in (CONFIG_FOLDER / group).glob("*.yaml"))
+    offered = choices(group, folder)
     if not group or not offered:
         return one_line(error)
     return f"{group}={choice} is unknown: choose from {', '.join(offered)}"
+
+
+def choices(group: str, folder: Path = CONFIG_FOLDER) -> list[str]:
+    """What a group of the configuration offers."""
+    return sorted(path.stem for path in (folder / group).glob("*.yaml"))
 
 
 def override_key(override: str) -> str:
@@ -49,12 +55,12 @@ def override_key(override: str) -> str:
     return override.lstrip("+~").split("=", 1)[0]
 
 
-def compose_config(overrides: Sequence[str]) -> DictConfig:
+def compose_config(overrides: Sequence[str], folder: Path = CONFIG_FOLDER) -> DictConfig:
     """The configuration that the overrides choose, without Hydra's own node."""
     for override in overrides:
         if "=" not in override and not override.startswith("~"):
             raise UserError(f"{override} is not of the form key=value")
-    with hydra_session():
+    with hydra_session(folder):
         return compose("config", overrides=list(overrides))
 
 

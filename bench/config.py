@@ -141,7 +141,66 @@ ModelSchema = _model_schema()
 
 
 @dataclass
-class Config:
+class AnalysisConfig:
+    """How `gains` measures, wherever the results come from. Nothing here is part of a trajectory's identity."""
+
+    estimator: str = "crossing"  # a file in bench/gains/estimators
+    replicates: int = 2000  # of the bootstrap
+    power: bool = False  # also say how many seeds an interval of `power_width` needs
+    power_width: float = 0.1  # an interval within [CEG / (1 + it), CEG * (1 + it)]
+    forecast: list[float] = field(default_factory=list)  # the baseline's model FLOPs at which to forecast gains
+    forecast_far: bool = False  # also beyond two orders of magnitude above the data
+    output: str | None = None  # the folder for gains.json, gains.csv and report.html; null = the study's own
+
+
+@dataclass
+class ColumnNames:
+    """What the results call their columns; null finds the usual names, which bench/gains/sources/table.py lists."""
+
+    variant: str | None = None
+    scale: str | None = None
+    seed: str | None = None
+    lr: str | None = None  # peak learning rate
+    loss: str | None = None  # on validation data at the end of the schedule, nats per token
+    loss_se: str | None = None  # standard error from the evaluation's finite number of tokens
+    budget: str | None = None  # compute asked for, where it is not quite what was spent
+    step: str | None = None
+    flops: str | None = None  # model FLOPs
+    params: str | None = None
+    tokens: str | None = None
+    seconds: str | None = None
+    joules: str | None = None
+    dollars: str | None = None
+    flops_6nd: str | None = None
+    flops_6nd_head: str | None = None
+    flops_palm: str | None = None
+    optimizer_flops: str | None = None
+
+
+@dataclass
+class SourceConfig:
+    """How to read results that were not trained here: the schema of the Hydra group `gains/data`."""
+
+    source: str = "???"  # a file in bench/gains/sources
+    columns: ColumnNames = field(default_factory=ColumnNames)
+    pattern: str | None = None  # where a log's path says its variant, scale and seed
+    params: float | None = None  # of the models, where logs do not say
+    tokens_per_step: float | None = None
+    flops_per_token: float | None = None
+
+
+@dataclass
+class ResultsConfig(AnalysisConfig):
+    """The gains of finished results that others have: `gains data=table path=...`."""
+
+    data: SourceConfig = field(default_factory=SourceConfig)
+    path: str = "???"  # a file, a folder or a glob
+    name: str | None = None  # of the study; null = from the path
+    baseline: str = BASELINE  # the variant that others are compared with
+
+
+@dataclass
+class Config(AnalysisConfig):
     scale: str = "???"
     model: ModelSchema = field(default_factory=ModelSchema)  # type: ignore[valid-type]
     innovation: dict[str, InnovationConfig] = field(default_factory=dict)
@@ -160,13 +219,14 @@ class Config:
     fraction: float = 1.0  # scales every budget
     seed: int = 0
     lr: float | None = None  # peak learning rate; null = the innovation's or the optimizer's own
-    estimator: str = "crossing"  # how `gains` measures
     op: str = "all"  # what `speed` measures
 
 
 def register_configs() -> None:
     """Makes the schema known to Hydra; call it before composing."""
-    ConfigStore.instance().store(name="base_config", node=Config)
+    store = ConfigStore.instance()
+    store.store(name="base_config", node=Config)
+    store.store(name="results_config", node=ResultsConfig)
 
 
 def variant_name(innovations: Iterable[str]) -> str:

@@ -30,9 +30,10 @@ def test_what_wandb_refuses_is_one_line(overrides, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_an_offline_run_holds_our_rows(overrides, monkeypatch):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")
     folder = train(compose_config([*overrides, "wandb=offline", "innovation=[rope]"]))
+    wandb.teardown()  # writes the rest of the file
     (offline,) = (folder / "wandb").glob("offline-run-*")
     command = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", str(offline)]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()

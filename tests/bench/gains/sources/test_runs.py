@@ -2,9 +2,12 @@ import json
 
 import polars as pl
 import pytest
+from polars.testing import assert_frame_equal
 
 from bench.errors import UserError
-from bench.gains.table import read_curves, read_results, read_runs
+from bench.gains.sources.runs import read_curves, read_results, read_runs, read_study
+
+LOSSES = [3, 2.5, 2.2, 2.1]
 
 
 def test_a_row_for_each_finished_budget(study_folder):
@@ -104,3 +107,54 @@ def test_a_value_of_the_wrong_kind_is_refused(study_folder):
     study_folder.add("rope", [3, 2], budgets=[1, 2], change=lambda row: {**row, "val_loss": "low"})
     with pytest.raises(UserError, match=r"results.jsonl .* holds a value of the wrong kind"):
         read_results(study_folder.path)
+
+
+def test_a_study_is_its_results_curves_and_runs(study_folder):
+    evaluation = {"step": 2, "branch": None, "train_loss": 4.0, "val_loss": 4.5, "tokens": 20}
+    study_folder.add("baseline", LOSSES, metrics=[evaluation])
+    study = read_study(study_folder.path)
+    assert (study.name, study.warnings) == ("synthetic", [])
+    assert_frame_equal(study.results, read_results(study_folder.path))
+    assert_frame_equal(study.curves, read_curves(study_folder.path))
+    assert study.runs == read_runs(study_folder.path)
+
+
+def test_a_study_without_a_finished_trajectory(study_folder):
+    study_folder.add("baseline", LOSSES, state=None)
+    with pytest.raises(UserError, match="has no finished trajectory: train the study first"):
+        read_study(study_folder.path)
+
+
+def test_unfinished_and_failed_trajectories_are_listed(study_folder):
+    study_folder.add("rope", LOSSES)
+    study_folder.add("rope", LOSSES, seed=1, state="FAILED")
+    for seed in range(7):
+        study_folder.add("mqa", LOSSES, seed=seed, state=None)
+    unfinished, failed, without = read_study(study_folder.path).warnings
+    assert unfinished.startswith("7 of 9 trajectories unfinished and left out (go on with `train`): tiny/mqa/seed=0,")
+    assert unfinished.endswith("tiny/mqa/seed=4,lr=0.001,00000007 and 2 more.")
+    assert failed == (
+        "1 of 9 trajectories failed and left out (see the file FAILED there): tiny/rope/seed=1,lr=0.001,00000002."
+    )
+    assert without == "mqa at tiny: none of its trajectories is done, so it has no gain."
+
+
+def test_only_planned_runs_are_taken_and_the_rest_is_named(study_folder):
+    baseline = study_folder.add("baseline", LOSSES)
+    study_folder.add("rope", LOSSES)
+    study = read_study(study_folder.path, [baseline, baseline.parent / "seed=9,lr=1,00000000"])
+    assert [run["variant"] for run in study.runs] == ["baseline"]
+    assert study.results["variant"].unique().to_list() == ["baseline"]
+    assert study.warnings == [
+        "1 of 2 trajectories of the study are not trained yet.",
+        f"1 trajectories in {study_folder.path} were trained with other settings than the study has now and are left "
+        "out.",
+    ]
+
+
+def test_runs_on_different_data_are_not_compared(study_folder):
+    for number, variant in enumerate(("baseline", "rope")):
+        file = study_folder.add(variant, LOSSES) / "run.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"data": {"fingerprint": f"{number}"}}))
+    with pytest.raises(UserError, match=r"baseline.* and .*rope.* were trained on different data"):
+        read_study(study_folder.path)
