@@ -1,77 +1,125 @@
-"""The class of an innovation: whether it gains at the smallest scale, and whether its gain grows with compute."""
+"""The class of an innovation: whether it gains at the smallest scale, and whether its gain grows with compute.
 
+Each is a test for every innovation, so each family of p-values is adjusted by Holm's method: among all innovations, the
+chance of one false verdict is that of one test.
+"""
+
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from bench.gains.estimators import Point
-from bench.gains.study import Study
+from bench.gains.estimators import Interval, Point
+from bench.gains.resampling import LEVELS, Spread, holm
+from bench.gains.trend import Trend, slope_of
 
 INVARIANT = 0.1  # |slope| up to which a gain counts as scale-invariant: 26 % per tenfold compute
-STEP_ROUNDING = 0.01  # budgets end on whole steps, so that equal budgets differ by less than this
+SIGNIFICANT = 0.05
 
 
 def side_of_one(point: Point) -> int:
-    """1 where the whole interval lies above a CEG of 1, -1 where it lies below, 0 where neither can be said.
-
-    An end may be a bound. A CEG is below its upper bound by definition, so a bound of 1 is enough, and since budgets
-    end on whole steps it may be off by 1 %. A lower bound must exceed 1 like any other end.
-    """
-    low, high = point.interval or (None, None)
-    if low is not None and low > 1:
-        return 1
-    limit = 1 + STEP_ROUNDING if high == point.upper_bound else 1
-    return -1 if high is not None and high < limit else 0
+    """1 where a CEG of 1 is rejected upwards, -1 where downwards, 0 where neither, each at 5 %."""
+    if point.p_value is None or point.p_value >= SIGNIFICANT:
+        return 0
+    return _direction(point)
 
 
-def sign(point: Point | None, scale: str) -> dict[str, Any]:
-    """The paper's test of compute-independence: is the CEG above 1 at the smallest scale?
-
-    "independent" when it is, "dependent" when it is below, "inconclusive" when the interval does not say.
-    """
-    verdict = {1: "independent", 0: "inconclusive", -1: "dependent"}[0 if point is None else side_of_one(point)]
-    interval = None if point is None or point.interval is None else list(point.interval)
-    return {"verdict": verdict, "interval": interval, "scale": scale}
+def _direction(point: Point) -> int:
+    """Which side of 1 a point lies on, bounds included: an upper bound of 1 and a lower one are both a side."""
+    if point.ceg is not None:
+        return 1 if point.ceg > 1 else -1
+    return 1 if point.lower_bound is not None else -1
 
 
-def slope(points: dict[str, list[Point]], study: Study, seeds: int) -> dict[str, Any]:
-    """d ln CEG / d ln C, C the variant's compute, over the uncensored points {scale: points} of all scales.
-
-    From a straight line through ln C_variant against ln C_baseline, whose slope b is gamma_baseline / gamma_variant for
-    power laws with equal asymptotes: the result is 1 / b - 1. The interval is b's t-interval over seeds (resampled
-    within each scale, independently between scales), carried over.
+def classify(
+    smallest: Mapping[str, Point | None], trends: Mapping[str, Trend | None], scale: str, trend_scale: str
+) -> list[dict[str, Any]]:
+    """Sign and slope of every innovation.
 
     Args:
-        seeds: the smallest number of seeds behind any of the points.
+        smallest: variant -> its last point at the smallest scale, None where it has none.
+        trends: variant -> how its gain moves at `trend_scale`.
+
+    Returns:
+        The `classes` of gains.json, without `axis`.
     """
-    used = [point for curve in points.values() for point in curve if point.ceg is not None]
-    log_baseline = np.log([point.baseline_compute for point in used])
-    nothing = {"verdict": "inconclusive", "value": None, "interval": None}
-    if len(set(log_baseline)) < 2:
-        return nothing
-    centred = log_baseline - log_baseline.mean()
-    line = centred / (centred**2).sum()
-    log_ceg = np.log([point.ceg for point in used if point.ceg is not None])
-    # ln C_variant = ln C_baseline - ln CEG.
-    b = 1 - float(line @ log_ceg)
-    if b <= 0:
-        return nothing
-    value = 1 / b - 1
-    deviations = [point.deviations for point in used if point.deviations is not None]
-    if seeds < 2 or len(deviations) < len(used):
-        return {**nothing, "value": value}
-    error = study.standard_error(np.stack(deviations, axis=1) @ line, seeds)
-    margin = study.student(seeds) * float(error)
-    low, high = 1 / (b + margin) - 1, 1 / (b - margin) - 1 if b > margin else None
-    return {"verdict": slope_verdict(low, high), "value": value, "interval": [low, high]}
+    variants = list(smallest)
+    signs = _signs([smallest[variant] for variant in variants], scale)
+    slopes = _slopes([trends.get(variant) for variant in variants], trend_scale)
+    return [
+        {"variant": variant, "sign": sign, "slope": slope}
+        for variant, sign, slope in zip(variants, signs, slopes, strict=True)
+    ]
 
 
-def slope_verdict(low: float, high: float | None) -> str:
-    """What an interval of the slope (high None: open) says about growth with compute."""
-    if high is not None and low >= -INVARIANT and high <= INVARIANT:
-        return "scale-invariant"
-    if low > 0:
-        return "compute-dependent"
-    if high is not None and high < 0:
-        return "fading"
-    return "inconclusive"
+def _signs(points: Sequence[Point | None], scale: str) -> list[dict[str, Any]]:
+    """The paper's test of compute-independence: is the CEG above 1 at the smallest scale?
+
+    "independent" when it is, "dependent" when it is below, "inconclusive" when the test does not say.
+    """
+    adjusted = holm([None if point is None else point.p_value for point in points])
+    found = []
+    for point, p_adjusted in zip(points, adjusted, strict=True):
+        clear = point is not None and p_adjusted is not None and p_adjusted < SIGNIFICANT
+        verdict = {1: "independent", -1: "dependent"}[_direction(point)] if clear else "inconclusive"
+        intervals = None if point is None else point.intervals
+        found.append(
+            {
+                "verdict": verdict,
+                **interval_entries(intervals),
+                "p_value": None if point is None else point.p_value,
+                "p_adjusted": p_adjusted,
+                "scale": scale,
+            }
+        )
+    return found
+
+
+def _slopes(trends: Sequence[Trend | None], scale: str) -> list[dict[str, Any]]:
+    """d ln CEG / d ln C, C the variant's compute: zero is the hypothesis that gamma_variant = gamma_baseline.
+
+    "compute-dependent" where zero is rejected upwards, "fading" where downwards; else "scale-invariant" where slopes of
+    `INVARIANT` and more, either way, are rejected (two one-sided tests), else "inconclusive".
+    """
+    spreads = [None if trend is None else trend.gradient_spread for trend in trends]
+    known = [(trend, spread) for trend, spread in zip(trends, spreads, strict=True)]
+    p_values = [None if spread is None else float(spread.p_value(trend.gradient)) for trend, spread in known]
+    differs = holm(p_values)
+    equal = holm([None if spread is None else _equivalence(trend.gradient, spread) for trend, spread in known])
+    found = []
+    for (trend, spread), p_value, p_differs, p_equal in zip(known, p_values, differs, equal, strict=True):
+        verdict = "inconclusive"
+        if p_differs is not None and p_differs < SIGNIFICANT:
+            verdict = "compute-dependent" if trend.gradient > 0 else "fading"
+        elif p_equal is not None and p_equal < SIGNIFICANT:
+            verdict = "scale-invariant"
+        intervals = None if spread is None else {level: _interval(trend.gradient, spread, level) for level in LEVELS}
+        found.append(
+            {
+                "verdict": verdict,
+                "value": None if trend is None else slope_of(trend.gradient),
+                **interval_entries(intervals),
+                "p_value": p_value,
+                "p_adjusted": p_differs,
+                "scale": scale,
+            }
+        )
+    return found
+
+
+def _equivalence(gradient: float, spread: Spread) -> float:
+    """The larger p-value of two one-sided tests that the slope lies beyond `INVARIANT` above or below."""
+    below, above = (edge / (1 + edge) for edge in (-INVARIANT, INVARIANT))
+    return float(max(spread.tail(gradient - below), spread.tail(above - gradient)))
+
+
+def _interval(gradient: float, spread: Spread, level: float) -> Interval:
+    """Of the slope, carried over from the gradient; a side where the slope is infinite is None."""
+    margin = float(spread.margin(level))
+    return slope_of(gradient - margin), slope_of(gradient + margin)
+
+
+def interval_entries(intervals: Mapping[float, Interval] | None) -> dict[str, Any]:
+    """The entries `interval` and `interval_90` of gains.json."""
+    names = ("interval", "interval_90")
+    return {
+        name: None if intervals is None else list(intervals[level]) for name, level in zip(names, LEVELS, strict=True)
+    }

@@ -1,122 +1,111 @@
-"""From a study's folder to the contents of gains.json."""
+"""From finished results to the contents of gains.json."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bench.errors import UserError
-from bench.gains.classes import side_of_one, sign, slope
-from bench.gains.estimators import GainEstimator, Point, find_estimator
-from bench.gains.study import Study, load_study
+from bench.gains.classes import classify, interval_entries, side_of_one
+from bench.gains.estimators import Estimate, Gain, Point, find_estimator
+from bench.gains.forecast import forecasts
+from bench.gains.interactions import contributions, interactions
+from bench.gains.power import power
+from bench.gains.resampling import LEVELS
+from bench.gains.sources import Results
+from bench.gains.study import ALL_SCALES, Study, load_study
 from bench.gains.tuning import TunedVariant
 
-SCHEMA = 1
-CLASS_AXIS = "model_flops"
-Pairs = dict[tuple[str, str], tuple[TunedVariant, TunedVariant]]
-Curves = dict[tuple[str, str, str], list[Point]]
+SCHEMA = 2
+LISTED = 5  # places named in one warning
+Estimates = dict[tuple[str, str], Estimate]
 
 
 def compute_gains(
-    study_folder: Path,
+    results: Results,
     *,
     baseline: str,
     estimator: str,
-    planned: Collection[Path] | None = None,
-    level: float = 0.95,
     replicates: int = 2000,
     seed: int = 0,
+    forecast: Sequence[float] = (),
+    forecast_far: bool = False,
+    power_width: float | None = None,
 ) -> dict[str, Any]:
     """The compute-equivalent gain of every variant of a study over its baseline, on every cost axis, at every scale.
 
     Args:
-        study_folder: holds <scale>/<variant>/<run>/ folders; only runs that are DONE count.
+        results: what was trained; `bench.gains.sources` reads it.
         baseline: the variant that others are compared with.
         estimator: the name of a file in bench/gains/estimators/.
-        planned: folders of the runs to take; None takes all there are.
-        level: of the intervals.
         replicates, seed: of the bootstrap; the same arguments give the same numbers.
+        forecast: computes of the baseline, on the axis that classes are told on, beyond the data.
+        forecast_far: whether to tell those more than two decades beyond.
+        power_width: if given, how many seeds intervals within [CEG / (1 + width), CEG (1 + width)] need.
 
     Returns:
         The contents of gains.json; README.md has the formulas. Numbers are finite; what is not known is None.
 
     Raises:
-        UserError: nothing can be computed, or a file cannot be read.
+        UserError: nothing can be computed.
     """
     chosen = find_estimator(estimator)
-    study = load_study(
-        Path(study_folder), planned=planned, baseline=baseline, level=level, replicates=replicates, seed=seed
-    )
+    study = load_study(results, baseline=baseline, replicates=replicates, seed=seed)
     method = chosen(study)
-    pairs = _pairs(study)
-    curves = _curves(study, method, pairs)
-    gains = [_gain(pairs[scale, variant][1], axis, points) for (scale, variant, axis), points in curves.items()]
-    return {
+    estimates = {(scale, axis): method.estimate(scale, axis) for scale in method.scales for axis in method.axes}
+    if not any(estimate.gains or estimate.fits for estimate in estimates.values()):
+        alone = results.results["variant"].n_unique() == 1
+        why = "it is the only variant with results." if alone else " ".join(dict.fromkeys(study.warnings))
+        raise UserError(f"no variant can be compared with {baseline}: {why}")
+    axis = next(axis for _, axis in estimates)
+    told = estimates[method.scales[-1], axis].gains
+    found = {
         "schema": SCHEMA,
         "study": study.name,
         "baseline": baseline,
         "estimator": estimator,
-        "level": level,
+        "level": LEVELS[0],
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "caveats": list(method.caveats),
-        "warnings": list(dict.fromkeys(study.warnings)),
-        "gains": gains,
-        "classes": _classes(study, pairs, curves),
-        "frontiers": [_frontier(tuned, axis) for tuned in study.tuned.values() for axis in study.axes],
-        "sign_changes": _sign_changes(curves),
+        "gains": [entry for (_, on), estimate in estimates.items() for entry in _gains(estimate.gains, on)],
+        **_classes(estimates, method.scales, axis),
+        "interactions": _placed(estimates, interactions),
+        "contributions": _placed(estimates, contributions),
+        "fits": [fit for estimate in estimates.values() for fit in estimate.fits],
+        "forecasts": [
+            {"scale": method.scales[-1], "axis": axis, **entry}
+            for entry in forecasts(told, forecast, far=forecast_far, warnings=study.warnings)
+        ],
+        "power": None if power_width is None else _power(study, estimates, axis, power_width),
+        "frontiers": [
+            _frontier(tuned, axis)
+            for (scale, _), tuned in study.tuned.items()
+            if scale in study.scales
+            for axis in study.axes
+        ],
+        "sign_changes": _sign_changes(estimates),
         "runs": study.runs,
     }
+    return {**found, "warnings": summarise(study.warnings)}
 
 
-def _pairs(study: Study) -> Pairs:
-    """(scale, variant) -> baseline and variant with the seeds that both have."""
-    pairs: Pairs = {}
-    for scale in study.scales:
-        for variant in sorted(
-            variant for found, variant in study.tuned if found == scale and variant != study.baseline
-        ):
-            pair = study.pair(scale, variant)
-            if pair is not None:
-                pairs[scale, variant] = pair
-    if not pairs:
-        why = " ".join(study.warnings) or "it is the only one with finished trajectories."
-        raise UserError(f"no variant can be compared with {study.baseline}: {why}")
-    return pairs
-
-
-def _curves(study: Study, method: GainEstimator, pairs: Pairs) -> Curves:
-    curves: Curves = {}
-    for (scale, variant), pair in pairs.items():
-        for axis in method.axes:
-            level = [tuned.title for tuned in pair if axis in tuned.costs and not tuned.rises_with_budget(axis)]
-            if level:
-                study.warnings.append(
-                    f"{level[0]}: a larger budget does not cost more {axis}; no gains of {variant} on that axis."
-                )
-                continue
-            points = method.estimate(*pair, axis)
-            if points:
-                curves[scale, variant, axis] = points
-            else:
-                study.warnings.append(f"{variant} at {scale}: {method.name} finds no gain on the axis {axis}.")
-    return curves
-
-
-def _gain(variant: TunedVariant, axis: str, points: list[Point]) -> dict[str, Any]:
-    return {
-        "scale": variant.scale,
-        "variant": variant.variant,
-        "innovations": list(variant.innovations),
-        "axis": axis,
-        **_point(points[-1]),
-        "seeds": len(variant.seeds),
-        "lr": float(variant.rates[-1]),
-        "tuning": variant.tuning,
-        "untuned": variant.tuning != "interior",
-        "curve": [_point(point) for point in points],
-    }
+def _gains(gains: dict[str, Gain], axis: str) -> list[dict[str, Any]]:
+    return [
+        {
+            "scale": gain.pair.variant.scale,
+            "variant": variant,
+            "innovations": list(gain.pair.variant.innovations),
+            "axis": axis,
+            **_point(gain.points[-1]),
+            "seeds": gain.pair.seeds,
+            "lr": float(gain.pair.variant.rates[-1]) or None,  # 0 says that it was not given
+            "tuning": gain.pair.variant.tuning,
+            "untuned": gain.pair.variant.tuning != "interior",
+            "curve": [_point(point) for point in gain.points],
+        }
+        for variant, gain in gains.items()
+    ]
 
 
 def _point(point: Point) -> dict[str, Any]:
@@ -124,57 +113,105 @@ def _point(point: Point) -> dict[str, Any]:
         "baseline_compute": point.baseline_compute,
         "target_loss": point.target_loss,
         "ceg": point.ceg,
-        "interval": None if point.interval is None else list(point.interval),
+        **interval_entries(point.intervals),
         "lower_bound": point.lower_bound,
         "upper_bound": point.upper_bound,
+        "p_value": point.p_value,
+        "seed_error": None if point.spread is None else float(point.spread.error),
+        "evaluation_error": point.evaluation_error,
+        "extrapolated": point.extrapolated,
     }
 
 
-def _classes(study: Study, pairs: Pairs, curves: Curves) -> list[dict[str, Any]]:
-    smallest = study.scales[0]
-    classes = []
-    for variant in sorted({variant for _, variant in pairs}):
-        points = {scale: curves.get((scale, variant, CLASS_AXIS), []) for scale in study.scales}
-        seeds = min(len(tuned.seeds) for (_, name), (_, tuned) in pairs.items() if name == variant)
-        last = points[smallest][-1] if points[smallest] else None
-        classes.append(
-            {
-                "variant": variant,
-                "axis": CLASS_AXIS,
-                "sign": sign(last, smallest),
-                "slope": slope(points, study, seeds),
+def _classes(estimates: Estimates, scales: Sequence[str], axis: str) -> dict[str, Any]:
+    """Entries `classes` and `correction`: the sign at the smallest scale, the slope over all of them where pooled."""
+    smallest, largest = (estimates[scale, axis].gains for scale in (scales[0], scales[-1]))
+    variants = sorted({variant for scale in scales for variant in estimates[scale, axis].gains})
+    points = {variant: smallest[variant].points[-1] if variant in smallest else None for variant in variants}
+    trends = {variant: largest[variant].trend if variant in largest else None for variant in variants}
+    found = classify(points, trends, scales[0], scales[-1])
+    correction = f"p-values are adjusted by Holm's method over the {len(variants)} variants, for each test by itself."
+    return {"classes": [{"axis": axis, **entry} for entry in found], "correction": correction}
+
+
+def _placed(estimates: Estimates, find: Callable[[dict[str, Gain]], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """What `find` says of the gains at each scale on each axis, each entry with its place."""
+    return [
+        {"scale": scale, "axis": axis, **entry}
+        for (scale, axis), estimate in estimates.items()
+        for entry in find(estimate.gains)
+    ]
+
+
+def _power(study: Study, estimates: Estimates, axis: str, width: float) -> dict[str, Any]:
+    entries = []
+    for (scale, on), estimate in estimates.items():
+        if on == axis and scale != ALL_SCALES:
+            costs = {
+                variant: _trajectory_cost(study, study.tuned[scale, variant], axis)
+                for variant in (study.baseline, *estimate.gains)
             }
-        )
-    return classes
+            entries += power(estimate.gains, scale, axis, width, costs)
+    return {"level": LEVELS[0], "width": width, "entries": entries}
+
+
+def _trajectory_cost(study: Study, tuned: TunedVariant, axis: str) -> float:
+    """What one seed of a variant costs, all its budgets included: as its runs say, else each budget by itself."""
+    said = [
+        run["trajectory_flops"]
+        for run in study.runs
+        if (run["scale"], run["variant"]) == (tuned.scale, tuned.variant) and run.get("trajectory_flops")
+    ]
+    if axis == "model_flops" and said:
+        return float(np.mean(said))
+    return float(tuned.costs[axis].mean(axis=0).sum())
 
 
 def _frontier(tuned: TunedVariant, axis: str) -> dict[str, Any]:
-    seeds = len(tuned.seeds)
-    spread = tuned.losses.std(axis=0, ddof=1) if seeds > 1 else None
-    compute, loss = tuned.costs[axis].mean(axis=0), tuned.losses.mean(axis=0)
+    """The measured points of one variant; pooled over scales, those that are best for their cost."""
+    best = tuned.best_for_cost(axis) if tuned.scale == ALL_SCALES else tuned
+    seeds = len(best.seeds)
+    spread = best.losses.std(axis=0, ddof=1) if seeds > 1 else None
+    compute, loss = best.costs[axis].mean(axis=0), best.losses.mean(axis=0)
     points = [
         {
-            "budget": float(tuned.budgets[k]),
+            "budget": float(best.budgets[k]),
             "compute": float(compute[k]),
             "loss": float(loss[k]),
             "loss_sd": None if spread is None else float(spread[k]),
-            "val_loss_se": float(tuned.loss_errors[k]) if np.isfinite(tuned.loss_errors[k]) else None,
+            "val_loss_se": float(best.loss_errors[k]) if np.isfinite(best.loss_errors[k]) else None,
             "seeds": seeds,
-            "lr": float(tuned.rates[k]),
+            "lr": float(best.rates[k]) or None,
         }
-        for k in range(len(tuned.budgets))
+        for k in range(len(best.budgets))
     ]
     return {"scale": tuned.scale, "variant": tuned.variant, "axis": axis, "points": points}
 
 
-def _sign_changes(curves: Curves) -> list[dict[str, Any]]:
-    """Variants that gain on some axes and lose on others, where the intervals exclude 1."""
+def _sign_changes(estimates: Estimates) -> list[dict[str, Any]]:
+    """Variants that gain on some axes and lose on others, where a gain of 1 is rejected on both."""
     sides: dict[tuple[str, str], dict[int, list[str]]] = {}
-    for (scale, variant, axis), points in curves.items():
-        axes = sides.setdefault((scale, variant), {1: [], 0: [], -1: []})
-        axes[side_of_one(points[-1])].append(axis)
+    for (scale, axis), estimate in estimates.items():
+        for variant, gain in estimate.gains.items():
+            axes = sides.setdefault((scale, variant), {1: [], 0: [], -1: []})
+            axes[side_of_one(gain.points[-1])].append(axis)
     return [
         {"scale": scale, "variant": variant, "axes": axes[1], "against": axes[-1]}
         for (scale, variant), axes in sides.items()
         if axes[1] and axes[-1]
     ]
+
+
+def summarise(warnings: Sequence[str]) -> list[str]:
+    """Each sentence once; of those that say the same of many places, one that lists the places."""
+    places: dict[str, list[str]] = {}
+    for warning in dict.fromkeys(warnings):
+        place, colon, said = warning.partition(": ")
+        places.setdefault(said if colon else place, []).append(place if colon else "")
+    found = []
+    for said, where in places.items():
+        if len(where) <= LISTED:
+            found += [f"{place}: {said}" if place else said for place in where]
+        else:
+            found.append(f"{', '.join(where[:LISTED])} and {len(where) - LISTED} more: {said}")
+    return found

@@ -8,18 +8,24 @@ BISECTIONS = 60  # halves a bracket below the spacing of float64
 
 
 class Frontier:
-    """Loss as a non-increasing function of log compute: the running minimum of the losses, joined by PCHIP.
+    """Loss as a non-increasing function of log compute, through the running minimum of the losses.
+
+    What PCHIP joins is ln(loss - asymptote): a power law with that asymptote is met exactly between its knots as well,
+    while the loss itself, joined so, would lie off by more than the noise where budgets are far apart.
 
     Leading axes (...), such as bootstrap replicates, are independent frontiers.
 
     Args:
         log_compute: (..., K) float, strictly ascending along the last axis, K >= 2.
-        losses: (..., K) float, finite.
+        losses: (..., K) float, finite, above the asymptote.
+        asymptote: the loss that no compute gets below, as far as the shape between knots is concerned.
     """
 
-    def __init__(self, log_compute: ArrayLike, losses: ArrayLike) -> None:
+    def __init__(self, log_compute: ArrayLike, losses: ArrayLike, asymptote: float = 0.0) -> None:
+        self.asymptote = asymptote
         self.x, losses = np.broadcast_arrays(np.asarray(log_compute, float), np.asarray(losses, float))
-        self.y: NDArray[np.float64] = np.minimum.accumulate(losses, axis=-1)
+        self.losses: NDArray[np.float64] = np.minimum.accumulate(losses, axis=-1)
+        self.y = np.log(self.losses - asymptote)
         self.derivatives = pchip_derivatives(self.x, self.y)
 
     def loss(self, at: ArrayLike) -> NDArray[np.float64]:
@@ -30,14 +36,15 @@ class Frontier:
         position = np.clip((at - x0) / width, 0.0, 1.0)
         beyond = at - np.clip(at, self.x[..., :1], self.x[..., -1:])
         end = np.where(beyond < 0, self.derivatives[..., :1], self.derivatives[..., -1:])
-        return _hermite(position, *cubic) + np.where(beyond == 0, 0.0, beyond * end)
+        return self.asymptote + np.exp(_hermite(position, *cubic) + np.where(beyond == 0, 0.0, beyond * end))
 
     def slope(self, at: ArrayLike) -> NDArray[np.float64]:
         """d loss / d log compute at `at` (..., J), which must lie within the frontier."""
         at = np.asarray(at, float)
         x0, width, y0, y1, d0, d1 = self._cubic(self._segment(at))
         t = (at - x0) / width
-        return (6 * t * (t - 1) * (y0 - y1) + (1 - t) * (1 - 3 * t) * d0 + t * (3 * t - 2) * d1) / width
+        exponent = (6 * t * (t - 1) * (y0 - y1) + (1 - t) * (1 - 3 * t) * d0 + t * (3 * t - 2) * d1) / width
+        return exponent * (self.loss(at) - self.asymptote)
 
     def crossing(self, targets: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.int8]]:
         """Where the frontier first is at or below each target (..., J).
@@ -47,18 +54,33 @@ class Frontier:
             passed before it; or the last knot and NOT_REACHED.
         """
         targets = np.asarray(targets, float)
-        reached = self.y[..., None, :] <= targets[..., None]
-        knot = np.where(reached.any(-1), reached.argmax(-1), self.y.shape[-1] - 1)
-        loss = _take(self.y, knot)
+        reached = self.losses[..., None, :] <= targets[..., None]
+        knot = np.where(reached.any(-1), reached.argmax(-1), self.losses.shape[-1] - 1)
+        loss = _take(self.losses, knot)
         side = np.where(loss > targets, NOT_REACHED, np.where((knot == 0) & (loss < targets), BEFORE_FIRST, INSIDE))
         between = (side == INSIDE) & (loss < targets)
         x0, width, *cubic = self._cubic(np.maximum(knot - 1, 0))
+        height = np.log(np.where(between, targets - self.asymptote, 1.0))
         low, high = np.zeros(targets.shape), np.ones(targets.shape)
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
-            below = _hermite(middle, *cubic) <= targets
+            below = _hermite(middle, *cubic) <= height
             low, high = np.where(below, low, middle), np.where(below, middle, high)
         return np.where(between, x0 + high * width, _take(self.x, knot)), side.astype(np.int8)
+
+    def beyond(self, targets: ArrayLike) -> NDArray[np.float64]:
+        """Log compute at which the tangents at the ends meet targets (..., J) that the frontier does not.
+
+        Above the first loss that is the first tangent, else the last; infinite where it is level or never comes as low.
+        """
+        targets = np.asarray(targets, float)
+        before = targets > self.losses[..., :1]
+        x, y, derivative = (
+            np.where(before, ends[..., :1], ends[..., -1:]) for ends in (self.x, self.y, self.derivatives)
+        )
+        possible = (derivative < 0) & (targets > self.asymptote)
+        way = np.log(np.where(possible, targets - self.asymptote, 1.0)) - y
+        return np.where(possible, x + way / np.where(possible, derivative, 1.0), np.where(before, -np.inf, np.inf))
 
     def _segment(self, at: NDArray[np.float64]) -> NDArray[np.intp]:
         right = (at[..., None] >= self.x[..., None, :]).sum(-1)

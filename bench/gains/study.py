@@ -1,18 +1,17 @@
-"""What estimators see of a study: every variant at its best rates, the axes that were measured, and the bootstrap."""
+"""What estimators see of a study: every variant at its best rates, the axes that were measured, and who is compared."""
 
-from collections.abc import Collection
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from scipy import stats
 
 from bench.errors import UserError
-from bench.gains.table import read_results, read_runs
-from bench.gains.tuning import TunedVariant, tune_variant
+from bench.gains.resampling import Resampling, Spread, inflation, welch
+from bench.gains.sources import Results
+from bench.gains.tuning import TunedVariant, pool, tune_variant
 
 AXES = (
     "model_flops",
@@ -26,163 +25,241 @@ AXES = (
     "tokens",
 )
 MEASURED_AXES = ("seconds", "joules", "dollars")  # depend on the device; the others are counted
-LISTED = 5  # folders named in one warning
+ALL_SCALES = "all scales"  # the pseudo-scale at which the budgets of all scales are pooled
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The baseline and a variant as they are compared: on the seeds that both have, where these are two or more.
+
+    Attributes:
+        paired: whether their seeds are the same, so that what a seed does to both cancels.
+    """
+
+    baseline: TunedVariant
+    variant: TunedVariant
+    paired: bool
+
+    @property
+    def seeds(self) -> int:
+        """How many seeds the interval rests on."""
+        return min(len(self.baseline.seeds), len(self.variant.seeds))
+
+    @property
+    def freedom(self) -> float:
+        """Degrees of freedom of what rests on the seeds of both together."""
+        counts = len(self.baseline.seeds), len(self.variant.seeds)
+        return min(counts) - 1.0 if self.paired else sum(counts) - 2.0
+
+    def spread(self, baseline: NDArray[np.float64], variant: NDArray[np.float64]) -> Spread:
+        """Of a variant's value less the baseline's, from replicates (R, ...) of both about their estimates."""
+        counts = [len(self.baseline.seeds), len(self.variant.seeds)]
+        parts = [inflation(n) * values for n, values in zip(counts, (baseline, variant), strict=True)]
+        freedoms = [n - 1.0 for n in counts]
+        freedom = freedoms[0] if self.paired else welch([part.std(axis=0) for part in parts], freedoms)
+        return Spread(parts[1] - parts[0], freedom)
 
 
 @dataclass(frozen=True)
 class Study:
-    """A study's finished runs, ready to be compared.
+    """Finished results, ready to be compared.
 
     Attributes:
-        scales: smallest model first; those where the baseline can be used.
+        scales: smallest model first; those where the baseline has a curve; last `ALL_SCALES`, where there are several.
         tuned: (scale, variant) -> its results; baseline included.
         axes: cost axes on which every result has a positive number.
-        level: of intervals, such as 0.95.
-        replicates: bootstrap replicates.
+        curves: losses in mid-schedule, as in `Results`.
         warnings: sentences for the reader; estimators add theirs.
     """
 
-    folder: Path
     name: str
     baseline: str
     runs: list[dict[str, Any]]
+    curves: pl.DataFrame
     scales: list[str]
     tuned: dict[tuple[str, str], TunedVariant]
     axes: list[str]
-    level: float
-    replicates: int
-    seed: int
+    resampling: Resampling
     warnings: list[str]
+    _pairs: dict[tuple[str, str], Pair | None] = field(default_factory=dict)
 
-    def pair(self, scale: str, variant: str) -> tuple[TunedVariant, TunedVariant] | None:
-        """Baseline and variant, both with only the seeds that both have; None, with a warning, where there are none."""
-        baseline, tuned = self.tuned[scale, self.baseline], self.tuned[scale, variant]
+    def variants(self, scale: str) -> list[str]:
+        """Names of the variants at a scale, without the baseline."""
+        return sorted(variant for found, variant in self.tuned if found == scale and variant != self.baseline)
+
+    def pair(self, scale: str, variant: str) -> Pair:
+        """Baseline and variant on the seeds that both have; all seeds of each where they share fewer than two."""
+        if (scale, variant) not in self._pairs:
+            self._pairs[scale, variant] = self._match(self.tuned[scale, self.baseline], self.tuned[scale, variant])
+        return self._pairs[scale, variant]
+
+    def _match(self, baseline: TunedVariant, tuned: TunedVariant) -> Pair:
         common = [seed for seed in baseline.seeds if seed in tuned.seeds]
-        if not common:
-            self.warnings.append(
-                f"{tuned.title}: it shares no seed with {self.baseline}, so they cannot be paired; it is left out."
-            )
-            return None
         alone = len(set(baseline.seeds) | set(tuned.seeds)) - len(common)
-        if alone:
-            self.warnings.append(
-                f"{tuned.title}: compared with {self.baseline} on the {len(common)} seed(s) that both have; "
-                f"{alone} not used."
-            )
-        if len(common) == 1:
+        paired = len(common) > 1 or not alone
+        if paired:
+            baseline, tuned = baseline.with_seeds(common), tuned.with_seeds(common)
+        pair = Pair(baseline, tuned, paired)
+        if pair.seeds == 1:
             self.warnings.append(
                 f"{tuned.title}: one seed only, so its gains have no interval. Train two or more, better three."
             )
-        return baseline.with_seeds(common), tuned.with_seeds(common)
+        elif not paired:
+            self.warnings.append(
+                f"{tuned.title}: it shares fewer than two seeds with {self.baseline}, so they are compared as "
+                "independent samples, with wider intervals. Train the same seeds."
+            )
+        elif alone:
+            self.warnings.append(
+                f"{tuned.title}: compared with {self.baseline} on the {len(common)} seeds that both have; "
+                f"{alone} not used."
+            )
+        return pair
 
-    def weights(self, scale: str, seeds: int) -> NDArray[np.float64]:
-        """(replicates, seeds) weights of bootstrap resamples, rows summing to 1.
+    def comparisons(self, scale: str, axis: str) -> list[Pair]:
+        """The pairs that can be compared on a cost axis: both cost more with more budget.
 
-        The same for every variant and axis of a scale, so that a replicate has the same seeds for variant and baseline;
-        independent between scales.
+        Pooled over scales, each comes with the budgets that are best for their cost on this axis.
         """
-        generator = np.random.default_rng([self.seed, self.scales.index(scale)])
-        return generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=self.replicates) / seeds
+        found = []
+        for variant in self.variants(scale):
+            pair = self.pair(scale, variant)
+            if scale == ALL_SCALES:
+                best = [tuned.best_for_cost(axis) for tuned in (pair.baseline, pair.variant)]
+                if min(len(tuned.budgets) for tuned in best) > 1:
+                    found.append(Pair(*best, pair.paired))
+                continue
+            level = [t.title for t in (pair.baseline, pair.variant) if not t.rises_with_budget(axis)]
+            if level:
+                self.warnings.append(
+                    f"{level[0]}: a larger budget does not cost more {axis}; no gains of {variant} on that axis."
+                )
+            else:
+                found.append(pair)
+        return found
 
-    def standard_error(self, replicates: NDArray[np.float64], seeds: int) -> NDArray[np.float64]:
-        """Of a mean over seeds, from bootstrap replicates (R, ...), whose own spread is sqrt((n-1)/n) too small."""
-        return replicates.std(axis=0) * np.sqrt(seeds / (seeds - 1))
+    def alike(self, scale: str, axis: str) -> str:
+        """The first axis there on which every variant's costs are those of `axis` times a number of its own.
 
-    def student(self, seeds: int) -> float:
-        """How many standard errors an interval extends to either side."""
-        return float(stats.t.ppf(0.5 + self.level / 2, seeds - 1))
+        What only asks for the shape of curves, such as an exponent, is the same on both.
+        """
+        found = [tuned for (where, _), tuned in self.tuned.items() if where == scale]
+        for other in self.axes:
+            ratios = [tuned.costs[axis] / tuned.costs[other] for tuned in found]
+            if all(np.ptp(ratio) <= 1e-9 * ratio.max() for ratio in ratios):
+                return other
+        return axis
+
+    def resample(self, tuned: TunedVariant, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(replicates, K) means over seeds of `values` (n, K) in each bootstrap replicate."""
+        scales = np.array(tuned.scales)
+        means = np.empty((self.resampling.replicates, len(scales)))
+        for scale in dict.fromkeys(tuned.scales):
+            columns = scales == scale
+            means[:, columns] = self.resampling.of_seeds(scale, tuned.seeds) @ values[:, columns]
+        return means
 
 
-def load_study(
-    folder: Path,
-    *,
-    baseline: str,
-    level: float,
-    replicates: int,
-    seed: int,
-    planned: Collection[Path] | None = None,
-) -> Study:
-    """Reads a study's folder; of its runs only those `planned`, where that is given.
+def load_study(results: Results, *, baseline: str, replicates: int, seed: int) -> Study:
+    """Chooses rates and axes; the sentences of `results` and what is found here are the study's warnings.
 
     Raises:
-        UserError: nothing can be compared: no finished run, no usable baseline, or an option is out of range.
+        UserError: nothing can be compared: no finished result, no usable baseline, or an option is out of range.
     """
-    if not 0 < level < 1:
-        raise UserError(f"level must lie between 0 and 1, such as 0.95; it is {level}")
     if replicates < 100:
         raise UserError(f"replicates must be at least 100; it is {replicates}")
-    runs, warnings = _planned(folder, read_runs(folder), planned)
-    results = read_results(folder, runs)
-    if results.is_empty():
-        raise UserError(f"{folder} has no finished trajectory: train the study first")
-    if baseline not in results["variant"]:
-        variants = ", ".join(sorted(set(results["variant"])))
-        raise UserError(f"the baseline {baseline} has no finished trajectory in {folder}; there are {variants}")
-    _check_same_data(folder, runs)
-    warnings += _unfinished(runs)
-    axes = _measured_axes(results, runs, warnings)
+    table, warnings = results.results, list(results.warnings)
+    if table.is_empty():
+        raise UserError(f"{results.name} has no finished trajectory: train the study first")
+    if baseline not in table["variant"]:
+        variants = ", ".join(sorted(set(table["variant"])))
+        raise UserError(f"the baseline {baseline} has no finished trajectory in {results.name}; there are {variants}")
+    axes = _measured_axes(table, results.runs, warnings)
     tuned: dict[tuple[str, str], TunedVariant] = {}
-    for (scale, variant), rows in results.group_by("scale", "variant", maintain_order=True):
+    for (scale, variant), rows in table.group_by("scale", "variant", maintain_order=True):
+        if scale == ALL_SCALES:
+            raise UserError(f'no scale may be called "{ALL_SCALES}": that is the name for all of them pooled')
         found = tune_variant(rows.to_dicts(), axes, warnings)
         if found is not None:
             tuned[str(scale), str(variant)] = found
-    for scale in sorted({scale for scale, _ in tuned if (scale, baseline) not in tuned}):
-        warnings.append(f"{scale}: the baseline {baseline} has no usable results there, so it has no gains.")
-    scales = [scale for scale, variant in tuned if variant == baseline]
+    if not any(variant == baseline for _, variant in tuned):
+        why = " ".join(warning for warning in warnings if warning.startswith(baseline))
+        raise UserError(f"the baseline {baseline} cannot be used: {why}")
+    scales = _by_size(tuned, results.runs)
+    pooled = _pool_scales(tuned, scales, warnings)
+    _drop_without_curve(tuned, pooled, baseline, warnings)
+    scales = [scale for scale in scales if (scale, baseline) in tuned] + [ALL_SCALES] * bool(pooled)
     if not scales:
-        raise UserError(
-            f"the baseline {baseline} cannot be used: {' '.join(w for w in warnings if w.startswith(baseline))}"
-        )
-    size = {run["scale"]: (run["parameters"] or {}).get("total", 0) for run in runs if run["variant"] == baseline}
-    scales.sort(key=lambda scale: (size[scale], tuned[scale, baseline].budgets[0], scale))
-    return Study(folder, runs[0]["study"], baseline, runs, scales, tuned, axes, level, replicates, seed, warnings)
+        raise UserError(f"the baseline {baseline} cannot be used: {' '.join(w for w in warnings if baseline in w)}")
+    curves, runs, draws = results.curves, results.runs, Resampling(replicates, seed)
+    return Study(results.name, baseline, runs, curves, scales, {**tuned, **pooled}, axes, draws, warnings)
 
 
-def _planned(
-    folder: Path, runs: list[dict[str, Any]], planned: Collection[Path] | None
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """The runs that belong to the plan, and sentences about those that are missing or lie beside it."""
-    if planned is None:
-        return runs, []
-    wanted = {path.relative_to(folder).as_posix() for path in planned}
-    taken = [run for run in runs if run["path"] in wanted]
-    warnings = []
-    if len(taken) < len(wanted):
-        warnings.append(f"{len(wanted) - len(taken)} of {len(wanted)} trajectories of the study are not trained yet.")
-    if len(taken) < len(runs):
-        warnings.append(
-            f"{len(runs) - len(taken)} trajectories in {folder} were trained with other settings than the study has "
-            "now and are left out."
-        )
-    return taken, warnings
+def _by_size(tuned: dict[tuple[str, str], TunedVariant], runs: Iterable[dict[str, Any]]) -> list[str]:
+    """The scales, smallest model first, then smallest budget."""
+    size = {run["scale"]: (run["parameters"] or {}).get("total", 0) for run in runs}
+    order = {}
+    for (scale, _), found in tuned.items():
+        parameters = size.get(scale, 0)
+        if not parameters and {"flops_6nd", "tokens"} <= found.costs.keys():
+            parameters = float((found.costs["flops_6nd"] / found.costs["tokens"]).mean()) / 6
+        order[scale] = min(order.get(scale, (np.inf,)), (parameters, found.budgets[0], scale))
+    return sorted(order, key=lambda scale: order[scale])
 
 
-def _check_same_data(folder: Path, runs: list[dict[str, Any]]) -> None:
-    """Losses on different text say nothing about each other."""
-    first: dict[str, str] = {}
-    for run in runs:
-        fingerprint = (run["data"] or {}).get("fingerprint")
-        if run["state"] == "done" and fingerprint is not None:
-            first.setdefault(fingerprint, run["path"])
-    if len(first) > 1:
-        paths = " and ".join(str(folder / path) for path in list(first.values())[:2])
-        raise UserError(f"{paths} were trained on different data: delete those of the older data and train them again")
+def _pool_scales(
+    tuned: dict[tuple[str, str], TunedVariant], scales: list[str], warnings: list[str]
+) -> dict[tuple[str, str], TunedVariant]:
+    """Every variant that has results at two or more scales, at `ALL_SCALES`."""
+    pooled = {}
+    for variant in sorted({variant for _, variant in tuned}):
+        parts = [tuned[scale, variant] for scale in scales if (scale, variant) in tuned]
+        if len(parts) < 2:
+            continue
+        whole = pool(parts, ALL_SCALES)
+        if whole is None:
+            warnings.append(f"{variant}: its scales have no seed in common, so it is not pooled over scales.")
+        else:
+            pooled[ALL_SCALES, variant] = whole
+    return pooled
 
 
-def _unfinished(runs: list[dict[str, Any]]) -> list[str]:
-    """Sentences about the trajectories that do not count."""
-    warnings = []
-    remedies = {"running": "wait for them", "unfinished": "go on with `train`", "failed": "see the file FAILED there"}
-    for state, remedy in remedies.items():
-        paths = [run["path"] for run in runs if run["state"] == state]
-        if paths:
-            more = f" and {len(paths) - LISTED} more" if len(paths) > LISTED else ""
-            listed = ", ".join(paths[:LISTED]) + more
-            warnings.append(f"{len(paths)} of {len(runs)} trajectories {state} and left out ({remedy}): {listed}.")
-    done = {(run["scale"], run["variant"]) for run in runs if run["state"] == "done"}
-    for scale, variant in sorted({(run["scale"], run["variant"]) for run in runs} - done):
-        warnings.append(f"{variant} at {scale}: none of its trajectories is done, so it has no gain.")
-    return warnings
+def _drop_without_curve(
+    tuned: dict[tuple[str, str], TunedVariant],
+    pooled: dict[tuple[str, str], TunedVariant],
+    baseline: str,
+    warnings: list[str],
+) -> None:
+    """Takes out, with sentences, what has too few budgets to make a curve, and scales where the baseline has none."""
+    if not any(variant == baseline for _, variant in pooled):
+        pooled.clear()
+    curves = {place for place, found in tuned.items() if len(found.budgets) > 1}
+    for (scale, variant), found in list(tuned.items()):
+        # With one budget a scale for everyone it is the scales together that make the curves.
+        by_design = (scale, baseline) not in curves and (ALL_SCALES, variant) in pooled
+        if (scale, variant) not in curves:
+            del tuned[scale, variant]
+            if not by_design:
+                warnings.append(
+                    f"{found.title}: results at 1 budget make no curve; it is left out. Train at least three."
+                )
+            continue
+        if (scale, baseline) not in curves:
+            del tuned[scale, variant]
+            continue
+        if len(found.budgets) == 2:
+            warnings.append(
+                f"{found.title}: only two budgets; the curve between them is taken to be the simplest. Train three."
+            )
+        mean = found.losses.mean(axis=0)
+        if (np.diff(mean) > 0).any():
+            rising = ", ".join(f"{budget:.3g}" for budget in found.budgets[1:][np.diff(mean) > 0])
+            warnings.append(
+                f"{found.title}: the loss is higher at budget {rising} than at the one before; the lowest so far is "
+                "used there."
+            )
+    for scale in sorted({scale for scale, _ in curves if (scale, baseline) not in curves}):
+        warnings.append(f"{scale}: the baseline {baseline} has no usable results there, so it has no gains.")
 
 
 def _measured_axes(results: pl.DataFrame, runs: list[dict[str, Any]], warnings: list[str]) -> list[str]:

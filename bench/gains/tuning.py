@@ -7,14 +7,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+STEP_ROUNDING = 0.01  # budgets end on whole steps, so that equal budgets differ by less than this
+STEP_ROUNDING = 0.01  # budgets end on whole steps, so that equal budgets differ by less than this
+TUNING = ("single", "edge", "interior")  # least to be trusted first
+
 
 @dataclass(frozen=True)
 class TunedVariant:
     """One variant at one scale: at each of K budgets the results of its best rate, for the n seeds that all K have.
 
+    Pooled over scales it is the same with the budgets of all of them.
+
     Attributes:
+        scales: (K,) the scale of each budget, all the same unless pooled.
         seeds: n, ascending.
-        budgets: (K,) model FLOPs asked for, ascending.
+        budgets: (K,) model FLOPs asked for, ascending within a scale.
         rates: (K,) the best learning rate at each.
         losses: (n, K) nats per token.
         loss_errors: (K,) standard error from the evaluation's finite number of tokens, NaN where not measured.
@@ -26,6 +33,7 @@ class TunedVariant:
     scale: str
     variant: str
     innovations: tuple[str, ...]
+    scales: tuple[str, ...]
     seeds: tuple[int, ...]
     budgets: NDArray[np.float64]
     rates: NDArray[np.float64]
@@ -42,6 +50,28 @@ class TunedVariant:
         rows = [self.seeds.index(seed) for seed in seeds]
         costs = {axis: values[rows] for axis, values in self.costs.items()}
         return replace(self, seeds=tuple(seeds), losses=self.losses[rows], costs=costs)
+
+    def with_columns(self, columns: NDArray[np.intp]) -> "TunedVariant":
+        """Only some of the budgets, in the order of `columns`."""
+        return replace(
+            self,
+            scales=tuple(self.scales[column] for column in columns),
+            budgets=self.budgets[columns],
+            rates=self.rates[columns],
+            losses=self.losses[:, columns],
+            loss_errors=self.loss_errors[columns],
+            costs={axis: values[:, columns] for axis, values in self.costs.items()},
+        )
+
+    def best_for_cost(self, axis: str) -> "TunedVariant":
+        """The budgets whose mean loss nothing cheaper on `axis` reaches, ascending in cost: the frontier's.
+
+        Of budgets that cost the same but for the rounding of steps, the best.
+        """
+        cost, order = self.costs[axis].mean(axis=0), np.argsort(self.costs[axis].mean(axis=0), kind="stable")
+        lowest = np.minimum.accumulate(self.losses.mean(axis=0)[order])
+        best = order[np.diff(lowest, prepend=np.inf) < 0]
+        return self.with_columns(best[np.append(cost[best[1:]] > (1 + STEP_ROUNDING) * cost[best[:-1]], True)])
 
     def rises_with_budget(self, axis: str) -> bool:
         """Whether more budget costs more on this axis, for every seed; otherwise it cannot be an x-axis."""
@@ -87,15 +117,8 @@ def _assemble(
     axes: Iterable[str],
     warnings: list[str],
 ) -> TunedVariant | None:
-    if len(chosen) < 2:
-        warnings.append(
-            f"{title}: results at {len(chosen)} budget(s) make no curve; it is left out. Train at least three budgets."
-        )
+    if not chosen:
         return None
-    if len(chosen) == 2:
-        warnings.append(
-            f"{title}: only two budgets; the loss is taken to be linear in log compute between them. Train three."
-        )
     seeds = sorted(set.intersection(*(set(runs) for runs in chosen.values())))
     if not seeds:
         warnings.append(f"{title}: no seed has a result at every budget; it is left out.")
@@ -109,10 +132,11 @@ def _assemble(
     errors = np.array(
         [[np.nan if row["val_loss_se"] is None else row["val_loss_se"] for row in line] for line in table]
     )
-    tuned = TunedVariant(
+    return TunedVariant(
         scale=first["scale"],
         variant=first["variant"],
         innovations=tuple(first["innovations"]),
+        scales=(first["scale"],) * len(chosen),
         seeds=tuple(seeds),
         budgets=np.array(list(chosen)),
         rates=np.array([row["lr"] for row in table[0]]),
@@ -121,13 +145,30 @@ def _assemble(
         costs={axis: np.array([[row[axis] for row in line] for line in table]) for axis in axes},
         tuning=tuning,
     )
-    mean = tuned.losses.mean(axis=0)
-    if (np.diff(mean) > 0).any():
-        rising = ", ".join(f"{budget:.3g}" for budget in tuned.budgets[1:][np.diff(mean) > 0])
-        warnings.append(
-            f"{title}: the loss is higher at budget {rising} than at the one before; the lowest so far is used there."
-        )
-    return tuned
+
+
+def pool(parts: Sequence[TunedVariant], name: str) -> TunedVariant | None:
+    """One variant's budgets at all its scales together, at the pseudo-scale `name`; None where no seed is at all.
+
+    Args:
+        parts: at least one, in the order of the scales.
+    """
+    seeds = sorted(set.intersection(*(set(part.seeds) for part in parts)))
+    if not seeds:
+        return None
+    same = [part.with_seeds(seeds) for part in parts]
+    return replace(
+        same[0],
+        scale=name,
+        scales=sum((part.scales for part in same), ()),
+        seeds=tuple(seeds),
+        budgets=np.concatenate([part.budgets for part in same]),
+        rates=np.concatenate([part.rates for part in same]),
+        losses=np.concatenate([part.losses for part in same], axis=1),
+        loss_errors=np.concatenate([part.loss_errors for part in same]),
+        costs={axis: np.concatenate([part.costs[axis] for part in same], axis=1) for axis in same[0].costs},
+        tuning=min((part.tuning for part in same), key=TUNING.index),
+    )
 
 
 def _by_rate(rows: Iterable[dict[str, Any]]) -> dict[float, dict[int, dict[str, Any]]]:

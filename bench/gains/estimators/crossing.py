@@ -3,12 +3,19 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.gains.estimators import Point
+from bench.gains.estimators import Estimate, Gain, Interval, Point, evaluation_error
+from bench.gains.fitting import minimise
 from bench.gains.frontier import BEFORE_FIRST, INSIDE, NOT_REACHED, Frontier
-from bench.gains.study import Study
-from bench.gains.tuning import TunedVariant
+from bench.gains.laws import Observations, PowerLaws
+from bench.gains.resampling import LEVELS, Resampling, Spread
+from bench.gains.study import Pair, Study
+from bench.gains.trend import AT_LEAST, AT_MOST, EXACT, Trend, censored_line
+from bench.gains.tuning import STEP_ROUNDING, TunedVariant
 
-Interval = tuple[float | None, float | None]
+HEADROOM = 0.05  # the asymptote stays below the lowest loss by this share of the range of losses
+LEAST_SQUARES = 1.0  # nats: no residual is as large, so that Huber's loss is the square
+REACH = np.log(2)  # how far outside what was trained the end of a value's interval may lie, in ln C
+NO_ERROR = 0.01  # of ln CEG about its trend, where seeds do not tell
 
 
 class Estimator:
@@ -16,14 +23,17 @@ class Estimator:
 
     The last point, at the loss of the baseline's largest budget, is the gain.
 
-    The interval inverts a t-test on the loss: it holds every CEG at which the variant's loss is within t_{n-1} standard
-    errors of the baseline's. The standard error is that of the paired difference at the crossing (at the nearest budget
-    where censored), from a bootstrap over the seeds that both have. A side that leaves the measured range is open.
+    The interval inverts a t-test on the loss: it holds every CEG at which the variant's loss is within t standard
+    errors of the baseline's. The standard error is that of the difference in loss at the crossing (at the nearest
+    budget where censored), from a bootstrap over seeds. A side that leaves the measured range is open, but for the
+    ends of a value's interval close to it, which lie on the tangent.
     """
 
     name = "crossing"
+    reads_curves = False
     caveats = (
-        "A gain is read where both variants reached the loss with a finished schedule; otherwise it is only bounded.",
+        "A gain is read where both variants reached the loss with a finished schedule; otherwise it is only bounded. "
+        "An interval may end outside what was trained, on the tangent there, by up to a factor of 2.",
         "Intervals are about seeds (Student's t on seed pairs). They leave out the choice of learning rates and the "
         "finite evaluation set, and with two seeds they are wide: at 95 % t is 12.7.",
     )
@@ -31,84 +41,163 @@ class Estimator:
     def __init__(self, study: Study) -> None:
         self.study = study
         self.axes = study.axes
+        self.scales = study.scales
+        self._shapes: dict[tuple[str, str], tuple[float, float]] = {}
 
-    def estimate(self, baseline: TunedVariant, variant: TunedVariant, axis: str) -> list[Point]:
-        """Points ascending in baseline compute, at the budgets where the baseline improved.
+    def estimate(self, scale: str, axis: str) -> Estimate:
+        pairs = self.study.comparisons(scale, axis)
+        if not pairs:
+            return Estimate()
+        place = scale, self.study.alike(scale, axis)
+        if place not in self._shapes:
+            self._shapes[place] = shape([pairs[0].baseline, *(pair.variant for pair in pairs)], axis)
+        return Estimate({pair.variant.variant: self._gain(pair, axis, *self._shapes[place]) for pair in pairs})
 
-        Args:
-            baseline, variant: with the same seeds.
-            axis: where both cost more with more budget.
-        """
+    def _gain(self, pair: Pair, axis: str, asymptote: float, exponent: float) -> Gain:
+        baseline, variant = pair.baseline, pair.variant
         losses = np.minimum.accumulate(baseline.losses.mean(axis=0))
         knots = np.flatnonzero(np.diff(losses, prepend=np.inf) < 0)
-        targets = losses[knots]
-        compute = baseline.costs[axis].mean(axis=0)[knots]
-        frontier = Frontier(np.log(variant.costs[axis].mean(axis=0)), variant.losses.mean(axis=0))
+        targets, compute = losses[knots], baseline.costs[axis].mean(axis=0)[knots]
+        log_compute = np.log(compute)
+        frontier = Frontier(np.log(variant.costs[axis].mean(axis=0)), variant.losses.mean(axis=0), asymptote)
         position, side = frontier.crossing(targets)
-        ceg = np.exp(np.log(compute) - position)
-        seeds = len(variant.seeds)
-        intervals: list[Interval | None] = [None] * len(knots)
-        deviations: list[NDArray[np.float64] | None] = [None] * len(knots)
-        if seeds > 1:
-            gaps = self._gaps(baseline, variant, axis, knots, position - np.log(compute))
-            margins = self.study.student(seeds) * self.study.standard_error(gaps, seeds)
-            intervals = _intervals(frontier, np.log(compute), targets, margins)
-            deviations = _deviations(frontier, position, side, gaps)
-        return [
+        log_ceg, slope = log_compute - position, frontier.slope(position)
+        inside = (side == INSIDE) & (slope < 0)
+        gaps = self._gaps(pair, axis, knots, position - log_compute, frontier) if pair.seeds > 1 else None
+        intervals = [None] * len(knots) if gaps is None else _intervals(frontier, log_compute, targets, gaps)
+        p_values = [None] * len(knots) if gaps is None else _p_values(frontier, log_compute, targets, side, gaps)
+        # A gap in loss is a change of ln CEG along the tangent at the crossing.
+        tangent = np.where(inside, slope, -np.inf)
+        spread = None if gaps is None else Spread(gaps.deviations / tangent, gaps.freedom)
+        points = [
             Point(
                 baseline_compute=float(compute[j]),
                 target_loss=float(targets[j]),
-                ceg=float(ceg[j]) if side[j] == INSIDE else None,
-                lower_bound=float(ceg[j]) if side[j] == BEFORE_FIRST else None,
-                upper_bound=float(ceg[j]) if side[j] == NOT_REACHED else None,
-                interval=intervals[j],
-                deviations=deviations[j],
+                ceg=float(np.exp(log_ceg[j])) if side[j] == INSIDE else None,
+                lower_bound=float(np.exp(log_ceg[j])) if side[j] == BEFORE_FIRST else None,
+                upper_bound=float(np.exp(log_ceg[j])) if side[j] == NOT_REACHED else None,
+                intervals=intervals[j],
+                p_value=p_values[j],
+                spread=None if spread is None or not inside[j] else spread.at(j),
+                evaluation_error=evaluation_error(pair, float(slope[j])) if inside[j] else None,
             )
             for j in range(len(knots))
         ]
+        kinds = np.select([side == NOT_REACHED, side == BEFORE_FIRST], [AT_MOST, AT_LEAST], EXACT).astype(np.int8)
+        scales = [baseline.scales[knot] for knot in knots]
+        trend = _trend(log_compute, log_ceg, kinds, spread, self.study.resampling, scales)
+        return Gain(pair, points, trend, exponent)
 
     def _gaps(
-        self,
-        baseline: TunedVariant,
-        variant: TunedVariant,
-        axis: str,
-        knots: NDArray[np.intp],
-        offset: NDArray[np.float64],
-    ) -> NDArray[np.float64]:
-        """(replicates, knots): the variant's loss less the baseline's, at the log ratio of computes `offset` (knots,).
+        self, pair: Pair, axis: str, knots: NDArray[np.intp], offset: NDArray[np.float64], frontier: Frontier
+    ) -> Spread:
+        """Of the variant's loss less the baseline's (knots,), at the log ratio of computes `offset` (knots,).
 
         Both move with the replicate, and so does compute where it is measured.
         """
-        weights = self.study.weights(variant.scale, len(variant.seeds))
-        base_compute = np.log(weights @ baseline.costs[axis])[:, knots]
-        base_loss = np.minimum.accumulate(weights @ baseline.losses, axis=-1)[:, knots]
-        frontier = Frontier(np.log(weights @ variant.costs[axis]), weights @ variant.losses)
-        return frontier.loss(base_compute + offset) - base_loss
+        baseline, variant = pair.baseline, pair.variant
+        base_compute = np.log(self.study.resample(baseline, baseline.costs[axis]))[:, knots]
+        base_loss = np.minimum.accumulate(self.study.resample(baseline, baseline.losses), axis=-1)[:, knots]
+        compute = np.log(self.study.resample(variant, variant.costs[axis]))
+        moved = Frontier(compute, self.study.resample(variant, variant.losses), frontier.asymptote)
+        at = base_compute + offset
+        return pair.spread(base_loss - base_loss.mean(axis=0), moved.loss(at) - moved.loss(at).mean(axis=0))
+
+
+def shape(variants: list[TunedVariant], axis: str) -> tuple[float, float]:
+    """An asymptote for the frontiers' shape between budgets, and the baseline's exponent, from one power law for each.
+
+    Three budgets or more; with fewer the asymptote is 0.
+    """
+    shared = min(len(tuned.budgets) for tuned in variants) < 3
+    laws = PowerLaws(Observations.gather(variants, axis), shared=shared)
+    fits = minimise(laws.design, laws.log_losses, laws.starts(), delta=LEAST_SQUARES)
+    best = fits.parameters[np.argmin(np.where(fits.converged, fits.objective, np.inf))]
+    everything = np.concatenate([tuned.losses.ravel() for tuned in variants])
+    lowest = everything.min()
+    log_asymptote, _, exponents = laws.split(best)
+    asymptote = float(min(np.exp(log_asymptote), lowest - HEADROOM * (everything.max() - lowest)))
+    return max(asymptote, 0.0), float(max(exponents[0], 0.0))
 
 
 def _intervals(
+    frontier: Frontier, log_compute: NDArray[np.float64], targets: NDArray[np.float64], gaps: Spread
+) -> list[dict[float, Interval] | None]:
+    """CEGs at which the variant's loss is within t standard errors of the targets; all arrays (knots,)."""
+    inside = frontier.crossing(targets)[1] == INSIDE
+    found: list[dict[float, Interval] | None] = [{} for _ in targets]
+    for level in LEVELS:
+        margins = gaps.margin(level)
+        low, high = (
+            _end(frontier, log_compute, targets + sign * margins, open_side, inside)
+            for sign, open_side in ((-1, NOT_REACHED), (1, BEFORE_FIRST))
+        )
+        for j, intervals in enumerate(found):
+            intervals[level] = low[j], high[j]
+    return found
+
+
+def _end(
+    frontier: Frontier,
+    log_compute: NDArray[np.float64],
+    losses: NDArray[np.float64],
+    open_side: int,
+    inside: NDArray[np.bool_],
+) -> list[float | None]:
+    """CEGs at `losses`; None where those lie outside what was trained on the open side.
+
+    Of a gain that is a value (`inside`) an end may lie up to `REACH` outside, on the frontier's tangent.
+    """
+    at, side = frontier.crossing(losses)
+    beyond = frontier.beyond(losses)
+    near = inside & (np.abs(beyond - at) <= REACH)
+    position = np.where((side == open_side) & near, beyond, at)
+    known = (side != open_side) | near
+    return [float(np.exp(log_compute[j] - position[j])) if known[j] else None for j in range(len(losses))]
+
+
+def _p_values(
     frontier: Frontier,
     log_compute: NDArray[np.float64],
     targets: NDArray[np.float64],
-    margins: NDArray[np.float64],
-) -> list[Interval | None]:
-    """CEGs at which the variant's loss is within `margins` of the targets; all arrays (knots,)."""
-    low_at, low_side = frontier.crossing(targets - margins)
-    high_at, high_side = frontier.crossing(targets + margins)
-    low, high = np.exp(log_compute - low_at), np.exp(log_compute - high_at)
-    return [
-        (
-            None if low_side[j] == NOT_REACHED else float(low[j]),
-            None if high_side[j] == BEFORE_FIRST else float(high[j]),
-        )
-        for j in range(len(targets))
-    ]
+    side: NDArray[np.int8],
+    gaps: Spread,
+) -> list[float | None]:
+    """Two-sided, that the variant needs as much compute as the baseline; None where nothing trained says so.
+
+    The interval excludes 1 where this is below 1 less its level: both compare the same loss with the same error.
+    Where the baseline's compute lies outside what was trained of the variant, the nearest there stands for it: losses
+    fall with compute, so the true p-value is lower still, unless the loss lies on the same side.
+    """
+    first, last = frontier.x[0], frontier.x[-1]
+    reach = np.where(side == INSIDE, REACH, 0.0)
+    distance = frontier.loss(np.clip(log_compute, first - reach, last + reach)) - targets
+    unknown = ((side == NOT_REACHED) & (log_compute > last + STEP_ROUNDING)) | (
+        (side == BEFORE_FIRST) & (log_compute < first - STEP_ROUNDING)
+    )
+    return [None if out else float(p) for p, out in zip(gaps.p_value(distance), unknown, strict=True)]
 
 
-def _deviations(
-    frontier: Frontier, position: NDArray[np.float64], side: NDArray[np.int8], gaps: NDArray[np.float64]
-) -> list[NDArray[np.float64] | None]:
-    """Gaps in loss as changes of ln CEG, along the tangent at the crossing; None where censored or level."""
-    slope = frontier.slope(position)
-    usable = (side == INSIDE) & (slope < 0)
-    return [gaps[:, j] / slope[j] if usable[j] else None for j in range(len(position))]
+def _trend(
+    log_compute: NDArray[np.float64],
+    log_ceg: NDArray[np.float64],
+    kinds: NDArray[np.int8],
+    spread: Spread | None,
+    resampling: Resampling,
+    scales: list[str],
+) -> Trend | None:
+    """A line through points and bounds, as they move with seeds and scales; None with fewer than two values."""
+    exact = kinds == EXACT
+    if exact.sum() < 2:
+        return None
+    centre = float(log_compute.mean())
+    x = log_compute - centre
+    errors = None if spread is None else spread.error[exact]
+    sigma = NO_ERROR if errors is None else float(max(np.sqrt((errors**2).mean()), 1e-6))
+    intercept, gradient = censored_line(x, log_ceg, kinds, sigma)
+    if spread is None:
+        return Trend(centre, float(intercept), float(gradient), None)
+    values = log_ceg + np.where(exact, spread.deviations, 0.0)
+    moved = censored_line(x, values, kinds, sigma, resampling.of_scales(scales))
+    freedom = np.broadcast_to(spread.freedom, x.shape)[exact].min()
+    return Trend(centre, float(intercept), float(gradient), Spread(moved - [intercept, gradient], freedom))

@@ -5,9 +5,8 @@ import polars as pl
 from numpy.typing import NDArray
 
 from bench.errors import UserError
-from bench.gains.estimators import Point
-from bench.gains.study import Study
-from bench.gains.table import read_curves
+from bench.gains.estimators import Estimate, Gain, Point, ratio_intervals
+from bench.gains.study import ALL_SCALES, Pair, Study
 from bench.gains.tuning import TunedVariant
 
 WINDOW = 8  # evaluations in the trailing mean
@@ -25,6 +24,7 @@ class Estimator:
     """
 
     name = "steps_to_target"
+    reads_curves = True
     caveats = (
         "steps_to_target reads losses in mid-schedule, so it compares different stages of the learning-rate schedule.",
         f"steps_to_target smooths over {WINDOW} evaluations, which delays every crossing, and does not interpolate: "
@@ -36,15 +36,24 @@ class Estimator:
 
     def __init__(self, study: Study) -> None:
         self.study = study
-        self.axes = ["steps", *study.axes]
-        self.curves = read_curves(study.folder, study.runs)
+        self.axes = [*study.axes, "steps"]
+        self.scales = [scale for scale in study.scales if scale != ALL_SCALES]
 
-    def estimate(self, baseline: TunedVariant, variant: TunedVariant, axis: str) -> list[Point]:
-        """One point, or none where the axis was not measured at the evaluations.
+    def estimate(self, scale: str, axis: str) -> Estimate:
+        """One point a variant; variants that have none, for want of evaluations in mid-schedule, are left out.
 
         Raises:
-            UserError: there are no evaluations in mid-schedule, or not at the same steps.
+            UserError: nothing was evaluated in mid-schedule, or not at the same steps.
         """
+        pairs = [self.study.pair(scale, variant) for variant in self.study.variants(scale)]
+        found = {pair.variant.variant: self._point(pair, axis) for pair in pairs}
+        return Estimate(
+            {variant: Gain(pair, [point]) for pair, (variant, point) in zip(pairs, found.items(), strict=True) if point}
+        )
+
+    def _point(self, pair: Pair, axis: str) -> Point | None:
+        """None where the axis was not measured at the evaluations."""
+        baseline, variant = pair.baseline, pair.variant
         base_steps, base_losses, base_cost = self._curve(baseline, axis)
         steps, losses, cost = self._curve(variant, axis)
         both = min(len(steps), len(base_steps))
@@ -54,37 +63,40 @@ class Estimator:
                 "evaluation.every"
             )
         if not (np.isfinite(base_cost).all() and np.isfinite(cost).all()):
-            return []
+            self.study.warnings.append(f"{variant.title}: {self.name} finds no gain on the axis {axis}.")
+            return None
         target, base_first, _ = _first_at_target(base_losses.mean(axis=0), None)
         _, first, reached = _first_at_target(losses.mean(axis=0), target)
-        ratio = float(base_cost[base_first] / cost[first])
-        interval, deviations = None, None
-        if len(variant.seeds) > 1 and reached:
-            weights = self.study.weights(variant.scale, len(variant.seeds))
-            targets, base_firsts, _ = _first_at_target(weights @ base_losses, None)
-            _, firsts, arrived = _first_at_target(weights @ losses, targets)
-            deviations = np.log(base_cost[base_firsts] / cost[firsts]) - np.log(ratio)
-            error = self.study.standard_error(deviations, len(variant.seeds))
-            factor = np.exp(self.study.student(len(variant.seeds)) * error)
-            open_below = (~arrived).mean() > (1 - self.study.level) / 2
-            interval = (None if open_below else float(ratio / factor), float(ratio * factor))
-        return [
-            Point(
-                baseline_compute=float(base_cost[base_first]),
-                target_loss=float(target),
-                ceg=ratio if reached else None,
-                lower_bound=None,
-                upper_bound=None if reached else ratio,
-                interval=interval,
-                deviations=deviations,
+        log_ratio = float(np.log(base_cost[base_first] / cost[first]))
+        spread, intervals = None, None
+        if pair.seeds > 1 and reached:
+            resampling = self.study.resampling
+            targets, base_firsts, _ = _first_at_target(
+                resampling.of_seeds(pair.baseline.scale, baseline.seeds) @ base_losses, None
             )
-        ]
+            _, firsts, arrived = _first_at_target(
+                resampling.of_seeds(pair.variant.scale, variant.seeds) @ losses, targets
+            )
+            spread = pair.spread(-np.log(base_cost[base_firsts]), -np.log(cost[firsts]))
+            intervals = {
+                level: (None if (~arrived).mean() > (1 - level) / 2 else low, high)
+                for level, (low, high) in ratio_intervals(log_ratio, spread).items()
+            }
+        return Point(
+            baseline_compute=float(base_cost[base_first]),
+            target_loss=float(target),
+            ceg=float(np.exp(log_ratio)) if reached else None,
+            upper_bound=None if reached else float(np.exp(log_ratio)),
+            intervals=intervals,
+            p_value=None if spread is None else float(spread.p_value(log_ratio)),
+            spread=spread,
+        )
 
     def _curve(
         self, tuned: TunedVariant, axis: str
     ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
         """Steps (T,), losses (seeds, T) and mean costs (T,) on the path to the largest budget."""
-        rows = self.curves.filter(
+        rows = self.study.curves.filter(
             (pl.col("scale") == tuned.scale) & (pl.col("variant") == tuned.variant) & (pl.col("lr") == tuned.rates[-1])
         )
         paths = [_path(rows.filter(pl.col("seed") == seed), tuned.budgets[-1]) for seed in tuned.seeds]

@@ -1,14 +1,18 @@
 """Synthetic studies, written as the run folders that training leaves."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 
+from bench.gains.resampling import Resampling
+from bench.gains.sources import Results
+from bench.gains.sources.columns import normalise
 from bench.gains.study import Study
 from bench.gains.tuning import TunedVariant
 
@@ -104,42 +108,71 @@ def study_folder(tmp_path: Path) -> StudyFolder:
 
 
 @pytest.fixture
-def make_study() -> Callable[..., tuple[Study, TunedVariant, TunedVariant]]:
-    """A study in memory, of losses (seeds, K) and model FLOPs (K,) or (seeds, K) of a baseline and a variant."""
+def make_study() -> Callable[..., Study]:
+    """A study in memory, of losses (seeds, K) and model FLOPs (K,) or (seeds, K) of the baseline and of `rope`."""
 
     def make(
-        baseline: Any, variant: Any, *, budgets: Any = BUDGETS, variant_budgets: Any = None, level: float = 0.95
-    ) -> tuple[Study, TunedVariant, TunedVariant]:
-        pair = []
+        baseline: Any,
+        variant: Any,
+        *,
+        budgets: Any = BUDGETS,
+        variant_budgets: Any = None,
+        first_seed: int = 0,
+        loss_error: float = np.nan,
+        replicates: int = 500,
+    ) -> Study:
+        tuned = {}
         both = np.broadcast_arrays(np.atleast_2d(baseline), np.atleast_2d(variant))
-        for name, losses, spent in (("baseline", both[0], budgets), ("rope", both[1], variant_budgets or budgets)):
-            pair.append(
-                TunedVariant(
-                    scale="tiny",
-                    variant=name,
-                    innovations=(),
-                    seeds=tuple(range(len(losses))),
-                    budgets=np.asarray(spent, float).reshape(-1, losses.shape[1])[0],
-                    rates=np.full(losses.shape[1], 1e-3),
-                    losses=losses,
-                    loss_errors=np.full(losses.shape[1], np.nan),
-                    costs={"model_flops": np.broadcast_to(np.asarray(spent, float), losses.shape)},
-                    tuning="single",
-                )
+        spent = (budgets, budgets if variant_budgets is None else variant_budgets)
+        for name, losses, costs, start in zip(("baseline", "rope"), both, spent, (0, first_seed), strict=True):
+            count = losses.shape[1]
+            tuned["tiny", name] = TunedVariant(
+                scale="tiny",
+                variant=name,
+                innovations=() if name == "baseline" else (name,),
+                scales=("tiny",) * count,
+                seeds=tuple(range(start, start + len(losses))),
+                budgets=np.asarray(costs, float).reshape(-1, count)[0],
+                rates=np.full(count, 1e-3),
+                losses=losses,
+                loss_errors=np.full(count, loss_error),
+                costs={"model_flops": np.broadcast_to(np.asarray(costs, float), losses.shape)},
+                tuning="single",
             )
-        study = Study(
-            folder=Path("."),
+        return Study(
             name="memory",
             baseline="baseline",
             runs=[],
+            curves=pl.DataFrame(),
             scales=["tiny"],
-            tuned={("tiny", tuned.variant): tuned for tuned in pair},
+            tuned=tuned,
             axes=["model_flops"],
-            level=level,
-            replicates=500,
-            seed=0,
+            resampling=Resampling(replicates, 0),
             warnings=[],
         )
-        return study, *pair
+
+    return make
+
+
+@pytest.fixture
+def make_results() -> Callable[..., Results]:
+    """`Results` from a table: {variant: losses (seeds, K) or (K,)} at each scale, and what is spent at its budgets."""
+
+    def make(
+        scales: Mapping[str, Mapping[str, Any]],
+        budgets: Any = BUDGETS,
+        **columns: Callable[[str, str, float], float],
+    ) -> Results:
+        """`budgets`: (K,), or {scale: (K,)}; `columns`: more of them, from scale, variant and compute."""
+        rows = []
+        for scale, variants in scales.items():
+            spent = budgets[scale] if isinstance(budgets, Mapping) else budgets
+            for variant, losses in variants.items():
+                for seed, line in enumerate(np.atleast_2d(losses)):
+                    for compute, loss in zip(spent, line, strict=True):
+                        place = {"scale": scale, "variant": variant, "seed": seed, "flops": compute, "loss": loss}
+                        more = {name: column(scale, variant, compute) for name, column in columns.items()}
+                        rows.append({**place, **more})
+        return normalise("memory", pl.DataFrame(rows))
 
     return make

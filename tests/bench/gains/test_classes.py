@@ -1,127 +1,152 @@
 import numpy as np
 import pytest
 
-from bench.gains.classes import side_of_one, sign, slope, slope_verdict
-from bench.gains.estimators import Point
-from bench.gains.estimators.crossing import Estimator
+from bench.gains.classes import classify, interval_entries, side_of_one
+from bench.gains.estimators import Point, ratio_intervals
+from bench.gains.resampling import Spread
+from bench.gains.trend import Trend, slope_of
 
-BUDGETS = list(1e12 * 2.0 ** np.arange(9))
+
+def point(ceg=None, p_value=None, lower=None, upper=None, intervals=None):
+    return Point(1e12, 2.0, ceg, lower_bound=lower, upper_bound=upper, p_value=p_value, intervals=intervals)
 
 
-def point(ceg=None, interval=None, lower=None, upper=None):
-    return Point(
-        baseline_compute=1e12,
-        target_loss=2.0,
-        ceg=ceg,
-        lower_bound=lower,
-        upper_bound=upper,
-        interval=interval,
-        deviations=None,
-    )
+def trend(gradient, error=None, freedom=2.0):
+    """With a gradient whose standard error is exactly `error`."""
+    if error is None:
+        return Trend(30.0, 0.5, gradient, None)
+    return Trend(30.0, 0.5, gradient, Spread(np.array([[0.0, -error], [0.0, error]]), freedom))
+
+
+def signs(*points):
+    variants = {f"v{number}": one for number, one in enumerate(points)}
+    return [entry["sign"] for entry in classify(variants, {}, "tiny", "all scales")]
+
+
+def slopes(*trends):
+    variants = {f"v{number}": one for number, one in enumerate(trends)}
+    return [entry["slope"] for entry in classify(dict.fromkeys(variants), variants, "tiny", "all scales")]
 
 
 @pytest.mark.parametrize(
     ("found", "verdict"),
     [
-        (point(2.0, (1.5, 2.5)), "independent"),
-        (point(2.0, (1.01, None)), "independent"),
-        (point(lower=4.0, interval=(4.0, None)), "independent"),
-        (point(lower=4.0, interval=(1.3, None)), "independent"),
-        (point(lower=4.0, interval=(0.9, None)), "inconclusive"),
+        (point(2.0, 0.049), "independent"),
+        (point(2.0, 0.051), "inconclusive"),
+        (point(lower=4.0, p_value=0.01), "independent"),
+        (point(lower=1.0, p_value=0.01), "independent"),
+        (point(lower=4.0, p_value=0.2), "inconclusive"),
         (point(lower=4.0), "inconclusive"),
         (point(2.0), "inconclusive"),
-        (point(1.0, (1.0, 1.0)), "inconclusive"),
-        (point(2.0, (None, None)), "inconclusive"),
-        (point(0.9, (0.8, 1.05)), "inconclusive"),
-        (point(0.5, (0.4, 0.6)), "dependent"),
-        (point(upper=1.0, interval=(None, 1.0)), "dependent"),
-        (point(upper=1.004, interval=(None, 1.004)), "dependent"),
-        (point(upper=1.02, interval=(None, 1.02)), "inconclusive"),
-        (point(upper=1.0, interval=(None, 1.005)), "inconclusive"),
+        (point(1.0, 1.0), "inconclusive"),
+        (point(0.5, 0.01), "dependent"),
+        (point(0.9, 0.3), "inconclusive"),
+        (point(upper=1.0, p_value=0.001), "dependent"),
+        (point(upper=1.004, p_value=0.001), "dependent"),
+        (point(upper=1.0, p_value=0.3), "inconclusive"),
         (None, "inconclusive"),
     ],
 )
-def test_sign(found, verdict):
-    result = sign(found, "tiny")
-    assert (result["verdict"], result["scale"]) == (verdict, "tiny")
+def test_the_sign_is_the_side_on_which_a_gain_of_one_is_rejected(found, verdict):
+    (sign,) = signs(found)
+    assert (sign["verdict"], sign["scale"]) == (verdict, "tiny")
+    assert sign["p_value"] == sign["p_adjusted"] == (None if found is None else found.p_value)
     if found is not None:
         assert side_of_one(found) == {"independent": 1, "dependent": -1, "inconclusive": 0}[verdict]
 
 
+def test_verdicts_on_signs_are_by_p_values_adjusted_for_how_many_are_judged():
+    # Holm over the three that are known: 3 x 0.01, 2 x 0.02, 1 x 0.045.
+    found = signs(point(2.0, 0.045), point(0.5, 0.01), point(2.0), point(1.5, 0.02))
+    assert [sign["p_adjusted"] for sign in found] == [0.045, 0.03, None, 0.04]
+    assert [sign["verdict"] for sign in found] == ["independent", "dependent", "inconclusive", "independent"]
+    found = signs(point(2.0, 0.03), point(2.0, 0.04))
+    assert [sign["p_adjusted"] for sign in found] == [0.06, 0.06]
+    assert {sign["verdict"] for sign in found} == {"inconclusive"}
+
+
+def test_a_sign_has_the_intervals_of_its_point():
+    intervals = {0.95: (1.2, None), 0.90: (1.3, 3.0)}
+    (sign,) = signs(point(2.0, 0.01, intervals=intervals))
+    assert (sign["interval"], sign["interval_90"]) == ([1.2, None], [1.3, 3.0])
+
+
 @pytest.mark.parametrize(
-    ("low", "high", "verdict"),
+    ("gradient", "error", "verdict"),
     [
-        (0.2, 0.5, "compute-dependent"),
-        (0.05, 0.5, "compute-dependent"),
-        (0.05, None, "compute-dependent"),
-        (-0.5, -0.05, "fading"),
-        (-0.1, 0.1, "scale-invariant"),
-        (0.02, 0.05, "scale-invariant"),
+        (0.3, 0.05, "compute-dependent"),
+        (-0.3, 0.05, "fading"),
+        (0.0, 0.01, "scale-invariant"),
+        (0.02, 0.01, "scale-invariant"),
+        (0.0, 0.05, "inconclusive"),
+        (0.3, 0.2, "inconclusive"),
+        (0.02, 0.0, "compute-dependent"),
         (0.0, 0.0, "scale-invariant"),
-        (-0.05, 0.11, "inconclusive"),
-        (-0.05, None, "inconclusive"),
+        (0.3, None, "inconclusive"),
+        (1.2, 0.01, "compute-dependent"),
     ],
 )
-def test_slope_verdict(low, high, verdict):
-    assert slope_verdict(low, high) == verdict
+def test_the_verdict_on_a_slope(gradient, error, verdict):
+    (slope,) = slopes(trend(gradient, error))
+    assert (slope["verdict"], slope["scale"]) == (verdict, "all scales")
+    assert slope["value"] == slope_of(gradient)
 
 
-def law(exponent, gain=1.0):
-    return 1.8 + 1.2 * (np.array(BUDGETS) * gain / 1e12) ** -exponent
+def test_the_p_value_and_interval_of_a_slope_are_students():
+    # t of 0.3 / 0.05 = 6 with 2 degrees of freedom: p = 1 - 6 / sqrt(38).
+    (slope,) = slopes(trend(0.3, 0.05))
+    assert slope["p_value"] == pytest.approx(1 - 6 / np.sqrt(38))
+    reach = 4.302653 * 0.05
+    assert slope["interval"] == pytest.approx([slope_of(0.3 - reach), slope_of(0.3 + reach)], rel=1e-5)
+    reach = 2.919986 * 0.05
+    assert slope["interval_90"] == pytest.approx([slope_of(0.3 - reach), slope_of(0.3 + reach)], rel=1e-5)
 
 
-def slope_of(make_study, baseline, variant):
-    study, *pair = make_study(baseline, variant, budgets=BUDGETS)
-    return slope({"tiny": Estimator(study).estimate(*pair, "model_flops")}, study, len(pair[0].seeds))
+def test_a_side_on_which_the_slope_is_infinite_is_open():
+    (slope,) = slopes(trend(0.9, 0.1))
+    assert slope["interval"][1] is None
+    assert slope["interval"][0] == pytest.approx(slope_of(0.9 - 4.302653 * 0.1), rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("exponent", "verdict"), [(0.14, "fading"), (0.18, "scale-invariant"), (0.25, "compute-dependent")]
-)
-def test_the_slope_of_power_laws_is_the_ratio_of_exponents_less_one(make_study, exponent, verdict):
-    noise = np.random.default_rng(0).normal(0, 0.0005, (3, 9))
-    result = slope_of(make_study, law(0.18), law(exponent, 2.0) + noise)
-    assert result["value"] == pytest.approx(exponent / 0.18 - 1, abs=0.03)
-    low, high = result["interval"]
-    assert low < result["value"] < high
-    assert result["verdict"] == verdict
+def test_invariance_is_rejecting_a_slope_of_a_tenth_either_way():
+    # The upper edge, a slope of 0.1, is a gradient of 0.1 / 1.1; one-sided at 5 % t is 2.92.
+    edge = 0.1 / 1.1
+    (inside,) = slopes(trend(0.0, edge / 2.93))
+    (outside,) = slopes(trend(0.0, edge / 2.91))
+    assert (inside["verdict"], outside["verdict"]) == ("scale-invariant", "inconclusive")
 
 
-def test_the_interval_of_the_slope_covers_the_truth(make_study):
-    generator = np.random.default_rng(0)
-    covered, studies = 0, 100
-    for _ in range(studies):
-        noise = generator.normal(0, 0.002, (2, 3, 9))
-        low, high = slope_of(make_study, law(0.18) + noise[0], law(0.18, 4.0) + noise[1])["interval"]
-        covered += low <= 0 <= high
-    assert 0.88 <= covered / studies <= 1.0
+def test_verdicts_on_slopes_are_by_adjusted_p_values():
+    alone, *_ = slopes(trend(0.3, 0.05))
+    both = slopes(trend(0.3, 0.05), trend(0.0, 0.5))
+    assert alone["verdict"] == "compute-dependent"
+    assert both[0]["p_adjusted"] == pytest.approx(2 * alone["p_value"])
+    assert both[0]["verdict"] == "inconclusive"
+    unknown = slopes(trend(0.3, 0.05), trend(0.0), None)
+    assert unknown[0]["p_adjusted"] == alone["p_value"]
 
 
-def test_an_identical_variant_is_scale_invariant(make_study):
-    result = slope_of(make_study, law(0.18) + np.zeros((3, 1)), law(0.18) + np.zeros((3, 1)))
-    assert result == {"verdict": "scale-invariant", "value": 0.0, "interval": [0.0, 0.0]}
+def test_without_a_trend_nothing_is_said():
+    (slope,) = slopes(None)
+    assert slope == {
+        "verdict": "inconclusive",
+        "value": None,
+        "interval": None,
+        "interval_90": None,
+        "p_value": None,
+        "p_adjusted": None,
+        "scale": "all scales",
+    }
 
 
-def test_points_of_all_scales_lie_on_one_line(make_study):
-    study, *pair = make_study(law(0.18) + np.zeros((2, 1)), law(0.18), budgets=BUDGETS)
-    flat = Estimator(study).estimate(*pair, "model_flops")[-1]
-    still = np.zeros(500)
-    small = Point(1e12, 3.0, 1.0, None, None, None, still)
-    large = Point(1e14, 2.0, 10.0, None, None, None, still)
-    # Ten times the gain for ten times the variant's compute.
-    result = slope({"tiny": [small], "big": [large]}, study, 2)
-    assert result["value"] == pytest.approx(1.0)
-    assert result["verdict"] == "compute-dependent"
-    assert flat.ceg == 1.0
+def test_both_levels_of_an_interval_are_told():
+    spread = Spread(np.array([-0.1, 0.1]), 1e9)
+    entries = interval_entries(ratio_intervals(np.log(2.0), spread))
+    assert entries["interval"] == pytest.approx([2 * np.exp(-0.196), 2 * np.exp(0.196)], rel=1e-4)
+    assert entries["interval_90"] == pytest.approx([2 * np.exp(-0.1645), 2 * np.exp(0.1645)], rel=1e-4)
+    assert interval_entries(None) == {"interval": None, "interval_90": None}
 
 
-def test_one_seed_gives_a_slope_without_an_interval(make_study):
-    result = slope_of(make_study, law(0.18), law(0.25, 2.0))
-    assert (result["verdict"], result["interval"]) == ("inconclusive", None)
-    assert result["value"] == pytest.approx(0.25 / 0.18 - 1, abs=0.03)
-
-
-@pytest.mark.parametrize("points", [[], [point(2.0, (1.5, 2.5))], [point(lower=4.0)] * 3])
-def test_fewer_than_two_points_give_no_slope(make_study, points):
-    study, *_ = make_study([3, 2.5, 2.3, 2.2], [3, 2.5, 2.3, 2.2])
-    assert slope({"tiny": points}, study, 3) == {"verdict": "inconclusive", "value": None, "interval": None}
+def test_an_interval_too_wide_for_a_number_is_open():
+    entries = interval_entries(ratio_intervals(0.0, Spread(np.array([-100.0, 100.0]), 1.0)))
+    assert entries["interval"] == [0.0, None]

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from bench.gains.table import read_results
-from bench.gains.tuning import tune_variant
+from bench.gains.sources.runs import read_results
+from bench.gains.tuning import TunedVariant, pool, tune_variant
 
 
 def tune(study_folder, warnings=None):
@@ -92,31 +92,59 @@ def test_a_budget_without_a_finite_loss_is_left_out(study_folder):
     assert "rope at tiny: no rate has finite losses at budget 6.4e+13; that budget is left out." in warnings
 
 
-def test_one_budget_is_too_few_and_two_are_few(study_folder):
-    warnings = []
-    study_folder.add("rope", [3.0, 2.5], budgets=[1e12, 2e12])
-    assert tune(study_folder, warnings).losses.shape == (1, 2)
-    assert warnings == [
-        "rope at tiny: only two budgets; the loss is taken to be linear in log compute between them. Train three."
-    ]
-    study_folder.add("rope", [3.0], scale="small", budgets=[1e12])
-    rows = [row for row in read_results(study_folder.path).to_dicts() if row["scale"] == "small"]
-    assert tune_variant(rows, ["seconds"], warnings) is None
-    assert warnings[-1] == (
-        "rope at small: results at 1 budget(s) make no curve; it is left out. Train at least three budgets."
-    )
-
-
-def test_a_loss_that_rises_with_compute_is_named(study_folder):
-    study_folder.add("rope", [3.0, 2.5, 2.6, 2.7])
-    warnings = []
-    tune(study_folder, warnings)
-    assert warnings == [
-        "rope at tiny: the loss is higher at budget 1.6e+13, 6.4e+13 than at the one before; "
-        "the lowest so far is used there."
-    ]
-
-
 def test_an_evaluation_error_that_was_not_measured_is_nan(study_folder):
     study_folder.add("rope", [3.0, 2.5, 2.2, 2.1], change=lambda row: {**row, "val_loss_se": None})
     assert np.isnan(tune(study_folder).loss_errors).all()
+
+
+def tuned(losses, compute, scale="tiny", seeds=None, tuning="single"):
+    """A tuned variant in memory, losses and compute (seeds, K)."""
+    losses = np.atleast_2d(losses)
+    count = losses.shape[1]
+    return TunedVariant(
+        scale=scale,
+        variant="rope",
+        innovations=("rope",),
+        scales=(scale,) * count,
+        seeds=tuple(range(len(losses))) if seeds is None else seeds,
+        budgets=np.atleast_2d(compute)[0],
+        rates=np.full(count, 1e-3),
+        losses=losses,
+        loss_errors=np.arange(count) / 100,
+        costs={"seconds": np.broadcast_to(np.asarray(compute, float), losses.shape)},
+        tuning=tuning,
+    )
+
+
+def test_pooled_is_the_budgets_of_all_scales_for_the_seeds_that_all_have():
+    tiny = tuned([[3.0, 2.5], [3.1, 2.6], [3.2, 2.7]], [1.0, 2.0], tuning="interior")
+    small = tuned([[2.8, 2.3], [2.9, 2.4]], [4.0, 8.0], scale="small", seeds=(2, 1), tuning="edge")
+    whole = pool([tiny, small], "both")
+    assert (whole.scale, whole.scales, whole.tuning) == ("both", ("tiny", "tiny", "small", "small"), "edge")
+    assert whole.seeds == (1, 2)
+    assert whole.losses.tolist() == [[3.1, 2.6, 2.9, 2.4], [3.2, 2.7, 2.8, 2.3]]
+    assert whole.costs["seconds"].tolist() == [[1, 2, 4, 8]] * 2
+    assert whole.loss_errors.tolist() == [0, 0.01, 0, 0.01]
+    assert pool([tiny, tuned([[2.8, 2.3]], [4.0, 8.0], seeds=(7,))], "both") is None
+
+
+def test_the_best_for_their_cost_are_those_that_nothing_cheaper_beats():
+    best = tuned([[2.5, 3.0, 2.6, 2.2, 2.5]], [4.0, 1.0, 8.0, 16.0, 2.0]).best_for_cost("seconds")
+    assert best.costs["seconds"].tolist() == [[1, 2, 16]]
+    assert best.losses.tolist() == [[3.0, 2.5, 2.2]]
+    assert best.loss_errors.tolist() == [0.01, 0.04, 0.03]
+
+
+def test_of_two_that_cost_the_same_the_better_counts():
+    best = tuned([[3.0, 2.8, 2.9, 2.0]], [1.0, 1.0, 1.005, 2.0]).best_for_cost("seconds")
+    assert best.losses.tolist() == [[2.8, 2.0]]
+    # Within the rounding of steps it is the same cost, whichever is a little cheaper.
+    best = tuned([[3.0, 2.8, 2.5, 2.0]], [1.0, 1.004, 1.5, 2.0]).best_for_cost("seconds")
+    assert best.losses.tolist() == [[2.8, 2.5, 2.0]]
+
+
+def test_the_best_for_their_cost_cost_more_and_more_for_every_seed():
+    seconds = np.array([[1.0, 2.0, 2.1, 4.0], [1.0, 2.0, 1.9, 4.0]])
+    best = tuned(np.tile([3.0, 2.8, 2.7, 2.4], (2, 1)), seconds).best_for_cost("seconds")
+    assert best.rises_with_budget("seconds")
+    assert best.losses[0].tolist() == [3.0, 2.7, 2.4]
