@@ -5,17 +5,43 @@ Plotly reads a small HTML of its own in labels, so every text from outside goes 
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from markupsafe import escape
 
-from bench.report.format import axes_of, axis_label, format_compute, format_gain, format_number, is_bound, printable
+from bench.report.format import (
+    as_gain,
+    axes_of,
+    axis_label,
+    format_compute,
+    format_error,
+    format_gain,
+    format_interval,
+    format_number,
+    format_p,
+    is_bound,
+    is_extrapolated,
+    printable,
+)
 from bench.report.ratio_axis import RatioAxis, log_ticks
 
-INK, FAINT, GRID = "#26282b", "#6b7077", "#e8e9eb"
+INK, FAINT, GRID, WASH = "#26282b", "#6b7077", "#e8e9eb", "#f4f4f5"
 # Okabe and Ito's colours, told apart by readers with any colour vision; the two lightest are darkened for thin lines.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b3568a", "#b58100", "#2f8fc4", "#7a4fb5", "#8c5a2b")
 SYMBOLS = ("circle", "square", "diamond", "cross", "x", "star", "hexagon", "pentagon", "bowtie", "hourglass")
 DASHES = ("solid", "dash", "dot", "dashdot")
+
+
+@dataclass(frozen=True)
+class Series:
+    """What the points of one line of CEG against compute have in common, and how they look."""
+
+    scale: str
+    axis: str
+    ratio_axis: RatioAxis
+    colour: str
+    symbol: str
+    dash: str
 
 
 def label(text: object) -> str:
@@ -76,27 +102,25 @@ def loss_figure(gains: Mapping, scale: str, axis: str) -> dict:
 
 
 def gain_figure(gains: Mapping, variant: str, axis: str, ratio_axis: RatioAxis) -> dict:
-    """CEG of one variant against the baseline's compute on `axis`, a line a scale; triangles are bounds."""
-    scales, traces, computes = scales_of(gains), [], []
-    for entry in gains["gains"]:
-        if entry["variant"] != variant or entry["axis"] != axis:
-            continue
-        style = scales.index(entry["scale"])
-        points = [point for point in entry["curve"] if point["baseline_compute"] and _height(point) is not None]
-        computes += [point["baseline_compute"] for point in points]
-        trace = _gain_trace(points, entry["scale"], axis, ratio_axis, colour_of(gains, variant))
-        # A bound is no value to lead a line through: its triangle stands alone.
-        line = trace | {
-            "mode": "lines",
-            "y": [point["ceg"] for point in points],
-            "line": {"color": trace["marker"]["color"], "width": 1.4, "dash": DASHES[style % len(DASHES)]},
-            "hoverinfo": "skip",
-            "showlegend": len(scales) > 1,
-        }
-        del line["error_y"], line["marker"], line["hovertext"]
-        trace["marker"]["symbol"] = [_symbol(point, SYMBOLS[style % len(SYMBOLS)]) for point in points]
-        traces += [line, trace]
-    layout = _layout(_compute_axis(computes, f"the baseline's {axis_label(axis)}"), {"l": 38, "r": 10, "t": 6, "b": 44})
+    """CEG of one variant against the baseline's compute on `axis`, a line a scale; triangles are bounds.
+
+    What is extrapolated, forecasts included, has open markers and dashed bars, and stands apart from the line.
+    """
+    scales, colour, traces, measured, extrapolated = scales_of(gains), colour_of(gains, variant), [], [], []
+    for style, scale in enumerate(scales):
+        points = _points(gains, {"scale": scale, "variant": variant, "axis": axis})
+        inside = [point for point in points if not is_extrapolated(point)]
+        outside = [point for point in points if is_extrapolated(point)]
+        measured += [point["baseline_compute"] for point in inside]
+        extrapolated += [point["baseline_compute"] for point in outside]
+        look = colour, SYMBOLS[style % len(SYMBOLS)], DASHES[style % len(DASHES)]
+        series = Series(scale, axis, ratio_axis, *look)
+        if points:
+            traces += _gain_traces(inside, series, legend=len(scales) > 1)
+        if outside:
+            traces += _extrapolated_traces(outside, series)
+    compute_axis = _compute_axis(measured + extrapolated, f"the baseline's {axis_label(axis)}")
+    layout = _layout(compute_axis, {"l": 38, "r": 10, "t": 6, "b": 44})
     layout["yaxis"] |= {
         "type": "log",
         "range": _log_range(ratio_axis.low, ratio_axis.high),
@@ -105,6 +129,8 @@ def gain_figure(gains: Mapping, variant: str, axis: str, ratio_axis: RatioAxis) 
     }
     one = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": 1, "y1": 1, "layer": "below"}
     layout["shapes"] = [one | {"line": {"color": FAINT, "width": 1.2}}]
+    if measured and extrapolated and max(extrapolated) > max(measured):
+        layout |= _beyond(layout, max(measured), max(extrapolated))
     return {"data": traces, "layout": layout}
 
 
@@ -119,6 +145,7 @@ def all_figures(gains: Mapping) -> dict[str, dict[str, dict]]:
         panels[f"gain-{index}"] = {}
         for axis in axes:
             drawn = [point for entry in gains["gains"] if entry["axis"] == axis for point in entry["curve"]]
+            drawn += [as_gain(entry) for entry in gains["forecasts"] if entry["axis"] == axis]
             panels[f"gain-{index}"][axis] = gain_figure(gains, variant, axis, RatioAxis.around(drawn))
     return panels
 
@@ -128,29 +155,85 @@ def gained_variants(gains: Mapping) -> list[str]:
     return list(dict.fromkeys(entry["variant"] for entry in gains["gains"]))
 
 
-def _gain_trace(points: list, scale: str, axis: str, ratio_axis: RatioAxis, colour: str) -> dict:
-    heights = [_height(point) for point in points]
-    bars = [(_reach(point, ratio_axis), height) for point, height in zip(points, heights, strict=True)]
+def _points(gains: Mapping, place: Mapping) -> list[Mapping]:
+    """The points of a curve, and the forecasts beyond it, that can be drawn."""
+    curves = [point for entry in gains["gains"] if place.items() <= entry.items() for point in entry["curve"]]
+    forecasts = [as_gain(entry) for entry in gains["forecasts"] if place.items() <= entry.items()]
+    return [point for point in curves + forecasts if point["baseline_compute"] and _height(point) is not None]
+
+
+def _gain_traces(points: Sequence[Mapping], series: Series, *, legend: bool) -> list[dict]:
+    """The line through the values, and the values and bounds with their bars."""
+    # A bound is no value to lead a line through: its triangle stands alone.
+    line = {
+        "type": "scatter",
+        "mode": "lines",
+        "name": label(series.scale),
+        "x": [point["baseline_compute"] for point in points],
+        "y": [point["ceg"] for point in points],
+        "line": {"color": series.colour, "width": 1.4, "dash": series.dash},
+        "hoverinfo": "skip",
+        "showlegend": legend,
+    }
+    bars = [(_reach(point, series.ratio_axis), _height(point)) for point in points]
+    markers = _markers(points, series, [_symbol(point, series.symbol) for point in points])
+    markers["error_y"] = {
+        "type": "data",
+        "symmetric": False,
+        # A bar of no length would still get its caps.
+        "array": [high - height if high > low else None for (low, high), height in bars],
+        "arrayminus": [height - low if high > low else None for (low, high), height in bars],
+        "color": series.colour,
+        "thickness": 1,
+        "width": 3,
+    }
+    return [line, markers]
+
+
+def _extrapolated_traces(points: Sequence[Mapping], series: Series) -> list[dict]:
+    """Dashed bars, which plotly's error bars cannot be, and open markers."""
+    ends = [_reach(point, series.ratio_axis) for point in points]
+    bars = {
+        "type": "scatter",
+        "mode": "lines",
+        "name": label(series.scale),
+        # A missing point ends a bar.
+        "x": [x for point in points for x in (point["baseline_compute"], point["baseline_compute"], None)],
+        "y": [y for low, high in ends for y in (low, high, None)],
+        "line": {"color": series.colour, "width": 1.2, "dash": "dot"},
+        "hoverinfo": "skip",
+        "showlegend": False,
+    }
+    return [bars, _markers(points, series, [_symbol(point, f"{series.symbol}-open") for point in points])]
+
+
+def _markers(points: Sequence[Mapping], series: Series, symbols: Sequence[str]) -> dict:
     return {
         "type": "scatter",
         "mode": "markers",
-        "name": label(scale),
+        "name": label(series.scale),
         "showlegend": False,
         "x": [point["baseline_compute"] for point in points],
-        "y": heights,
-        "error_y": {
-            "type": "data",
-            "symmetric": False,
-            # A bar of no length would still get its caps.
-            "array": [high - height if high > low else None for (low, high), height in bars],
-            "arrayminus": [height - low if high > low else None for (low, high), height in bars],
-            "color": colour,
-            "thickness": 1,
-            "width": 3,
+        "y": [_height(point) for point in points],
+        "marker": {
+            "size": [10 if point["ceg"] is None else 7 for point in points],
+            "color": series.colour,
+            "symbol": list(symbols),
         },
-        "marker": {"size": [10 if point["ceg"] is None else 7 for point in points], "color": colour},
         "hoverinfo": "text",
-        "hovertext": [_gain_text(scale, point, axis) for point in points],
+        "hovertext": [_gain_text(point, series) for point in points],
+    }
+
+
+def _beyond(layout: Mapping, measured: float, extrapolated: float) -> dict:
+    """Shapes and a note that set the computes beyond the largest `measured` apart."""
+    # Halfway to the next point, or a tenth of a decade, whichever is nearer.
+    start = measured * min(math.sqrt(extrapolated / measured), 10**0.1)
+    area = {"type": "rect", "xref": "x", "yref": "paper", "x0": start, "x1": extrapolated * 1.25, "y0": 0, "y1": 1}
+    note = {"xref": "paper", "x": 1, "xanchor": "right", "yref": "paper", "y": 1, "yanchor": "top", "showarrow": False}
+    return {
+        "shapes": [area | {"layer": "below", "line": {"width": 0}, "fillcolor": WASH}, *layout["shapes"]],
+        "annotations": [note | {"text": "extrapolated", "font": {"size": 11, "color": FAINT}}],
     }
 
 
@@ -225,13 +308,27 @@ def _point_text(variant: str, point: Mapping, axis: str) -> str:
     return (
         f"<b>{label(variant)}</b><br>loss {point['loss']:.4f}{spread}"
         f"<br>{format_compute(point['compute'], typographic=True)} {label(axis_label(axis))}"
-        f"<br>seeds {point['seeds']}, learning rate {label(point['lr'])}"
+        f"<br>seeds {point['seeds']}, learning rate {label(point['lr'] or 'not given')}"
     )
 
 
-def _gain_text(scale: str, point: Mapping, axis: str) -> str:
-    target = "" if point["target_loss"] is None else f", target loss {point['target_loss']:.4f}"
-    return (
-        f"<b>{label(format_gain(point, typographic=True))}</b><br>at {label(scale)}{target}"
-        f"<br>{format_compute(point['baseline_compute'], typographic=True)} {label(axis_label(axis))} of the baseline"
-    )
+def _gain_text(point: Mapping, series: Series) -> str:
+    target = "" if point.get("target_loss") is None else f", target loss {point['target_loss']:.4f}"
+    compute = format_compute(point["baseline_compute"], typographic=True)
+    lines = [
+        f"<b>{label(format_gain(point, typographic=True))}</b>",
+        f"at {label(series.scale)}{target}",
+        f"{compute} {label(axis_label(series.axis))} of the baseline",
+    ]
+    if point["interval_90"] is not None:
+        lines.append(f"90 % interval {format_interval(point['interval_90'], typographic=True)}")
+    if point.get("p_value") is not None:
+        lines.append(f"p of a CEG of 1: {label(format_p(point['p_value']))}")
+    if point.get("seed_error") is not None:
+        error = format_error(point["evaluation_error"], typographic=True)
+        lines.append(f"errors of ln CEG: seeds {format_error(point['seed_error'])}, evaluation at most {error}")
+    if "decades" in point:
+        lines.append(f"a forecast, {point['decades']:.1f} decades beyond the data")
+    elif is_extrapolated(point):
+        lines.append("extrapolated by a fit")
+    return "<br>".join(lines)

@@ -1,7 +1,7 @@
 """How a gain, an interval and a compute are written, in the terminal and in the HTML report alike.
 
-A "gain" here is any mapping with `ceg`, `interval`, `lower_bound`, `upper_bound` and, where known, `seeds`: an entry of
-`gains` in gains.json or a point of its curve.
+A "gain" here is any mapping with `ceg`, `interval`, `lower_bound`, `upper_bound` and, where known, `seeds` and
+`extrapolated`: an entry of `gains` in gains.json, a point of its curve, or what `as_gain` makes of another entry.
 """
 
 import math
@@ -28,6 +28,9 @@ READINGS = {
     "no interval": "How far the value would move with other seeds is not known.",
     "unknown": "Nothing could be computed.",
 }
+POOLED_SCALE = "all scales"
+SIGNIFICANCE = 0.05
+METHODS = {"shapley": "Shapley", "leave_one_out": "leave one out"}
 HIDDEN = ("Cc", "Cf", "Cs")
 SUPERSCRIPTS = str.maketrans("0123456789-", "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b")
 
@@ -38,9 +41,16 @@ def axis_label(axis: str) -> str:
 
 
 def axes_of(gains: Mapping) -> list[str]:
-    """The cost axes that occur in a gains dict: known ones in their usual order, then others as they come."""
-    found = dict.fromkeys(entry["axis"] for entry in [*gains["gains"], *gains["frontiers"]])
-    return [axis for axis in AXIS_LABELS if axis in found] + [axis for axis in found if axis not in AXIS_LABELS]
+    """The cost axes that occur in a gains dict, those that something is told on first, then in their usual order."""
+    told = dict.fromkeys(entry["axis"] for entry in [*gains["gains"], *gains["fits"]])
+    usual = list(AXIS_LABELS)
+    found = dict.fromkeys([*told, *(entry["axis"] for entry in gains["frontiers"])])
+    return sorted(found, key=lambda axis: (axis not in told, usual.index(axis) if axis in usual else len(usual)))
+
+
+def scale_title(scale: str) -> str:
+    """The heading of a scale: its name, with a word on what the pseudo-scale `all scales` is."""
+    return f"{scale} (the frontier over every scale)" if scale == POOLED_SCALE else scale
 
 
 def printable(text: object) -> str:
@@ -112,11 +122,19 @@ def format_slope(slope: Mapping, *, typographic: bool = False) -> str:
     return text.replace("-", "\u2212").replace("inf", "\u221e") if typographic else text
 
 
+def as_gain(entry: Mapping) -> dict:
+    """An interaction, its ratio taken for the CEG, or a forecast, which is never a bound, as a gain."""
+    return {"ceg": entry.get("ratio"), "lower_bound": None, "upper_bound": None, **entry}
+
+
 def gain_parts(gain: Mapping, *, typographic: bool = False) -> tuple[str, str]:
-    """The value of a gain and what qualifies it: ("2.31", "[1.80, 2.96]"), (">= 4.0", ""), ("1.02", "(one seed)")."""
+    """The value of a gain and what qualifies it: ("2.31", "[1.80, 2.96]"), (">= 4.0", ""), ("1.02", "(one seed)").
+
+    An extrapolated value is marked: ("~2.31", "[1.80, 2.96]").
+    """
     at_least, at_most, nothing = ("\u2265", "\u2264", "\u2014") if typographic else (">=", "<=", "-")
     if gain["ceg"] is not None:
-        value = format_ratio(gain["ceg"])
+        value = ("~" if is_extrapolated(gain) else "") + format_ratio(gain["ceg"])
     else:
         bounds = [(at_least, gain["lower_bound"], True), (at_most, gain["upper_bound"], False)]
         value = ", ".join(f"{sign} {format_bound(b, lower=low)}" for sign, b, low in bounds if b is not None) or nothing
@@ -140,6 +158,11 @@ def is_bound(gain: Mapping) -> bool:
     return gain["ceg"] is None and not (gain["lower_bound"] is None and gain["upper_bound"] is None)
 
 
+def is_extrapolated(gain: Mapping) -> bool:
+    """Whether a gain's value comes from a law outside the budgets that were trained; a bound is no such value."""
+    return gain["ceg"] is not None and gain.get("extrapolated", False)
+
+
 def reading(gain: Mapping) -> str:
     """What may be concluded from a gain, bound or value: a key of READINGS. A bound can have an interval as well."""
     if gain["ceg"] is None and not is_bound(gain):
@@ -153,9 +176,56 @@ def reading(gain: Mapping) -> str:
 
 
 def format_reading(gain: Mapping) -> str:
-    """The reading in words, with "a bound" where that is all that is known: `gain`, `gain, a bound`, `bound only`."""
+    """The reading in words, with what limits it: `gain`, `gain, a bound`, `bound only`, `gain, extrapolated`."""
     words = reading(gain)
-    return f"{words}, a bound" if is_bound(gain) and words != "bound only" else words
+    if is_bound(gain):
+        return words if words == "bound only" else f"{words}, a bound"
+    return f"{words}, extrapolated" if is_extrapolated(gain) else words
+
+
+def format_p(value: float | None, *, typographic: bool = False) -> str:
+    """A p-value: `0.012`, `0.35`, `<0.001`; one that would be rounded to 0.05 shows on which side of it it lies."""
+    if value is None:
+        return "\u2014" if typographic else "-"
+    if value < 0.001:
+        return "<0.001"
+    text = f"{value:.3f}" if value < 0.0995 else f"{value:.2f}"
+    return f"{value:.4f}" if float(text) == SIGNIFICANCE != value else text
+
+
+def format_error(value: float | None, *, typographic: bool = False) -> str:
+    """A standard error or deviation, two significant digits: `0.064`; a dash where it is not known."""
+    if value is None:
+        return "\u2014" if typographic else "-"
+    return format_number(value, digits=2)
+
+
+def format_estimate(value: float, interval: Sequence[float] | None = None) -> str:
+    """A parameter of a fitted law, four significant digits, with its interval where there is one."""
+    text = format_number(value, digits=4)
+    if interval is None:
+        return text
+    low, high = (format_number(end, digits=4) for end in interval)
+    return f"{text} [{low}, {high}]"
+
+
+def format_convergence(fit: Mapping) -> str:
+    """Whether a fit may be relied on, in words, and on how many of its starts and bootstrap replicates that rests."""
+    starts = f"{fit['best_starts']} of {fit['starts']} starts agree"
+    words = f"converged, {starts}" if fit["converged"] else f"did not converge ({starts}); do not rely on it"
+    share = fit["replicates_converged"]
+    if share is None:
+        return words
+    # Rounded down: all of them only where all of them did.
+    return f"{words}; {math.floor(1000 * share) / 10:g} % of the bootstrap replicates converged"
+
+
+def format_seeds_needed(entry: Mapping, *, typographic: bool = False) -> str:
+    """Seeds needed, and in brackets by the cautious reading of the noise: `5 (11)`; a dash where it is not known."""
+    if entry["seeds_needed"] is None:
+        return "\u2014" if typographic else "-"
+    cautious = entry["seeds_cautious"]
+    return f"{entry['seeds_needed']}" if cautious is None else f"{entry['seeds_needed']} ({cautious})"
 
 
 def format_compute(value: float | None, *, typographic: bool = False) -> str:

@@ -13,6 +13,11 @@ from bench.report.ratio_axis import RatioAxis
 from bench.runs.folder import write_whole
 
 FOLDER = Path(__file__).parent
+LAWS = {
+    "L = E + K C^-gamma": Markup("L = E + K C<sup>&minus;&gamma;</sup>"),
+    "L = E + A/N^alpha + B/D^beta": Markup("L = E + A / N<sup>&alpha;</sup> + B / D<sup>&beta;</sup>"),
+}
+SYMBOLS = {"alpha": "\u03b1", "beta": "\u03b2", "gamma": "\u03b3"}
 PHRASES = {
     "gain": "gain",
     "loss": "lose",
@@ -45,16 +50,28 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    environment.tests["bound"] = formats.is_bound
+    environment.tests |= {"bound": formats.is_bound, "extrapolated": formats.is_extrapolated}
     environment.filters |= {
         "printable": formats.printable,
+        "rate": lambda lr: "\u2014" if lr is None else formats.printable(lr),
         "breakable": _breakable,
         "number": formats.format_number,
         "parts": lambda gain: formats.gain_parts(gain, typographic=True),
         "interval": lambda interval: formats.format_interval(interval, typographic=True),
         "slope": lambda slope: formats.format_slope(slope, typographic=True),
         "compute": lambda value: formats.format_compute(value, typographic=True),
+        "ratio": lambda value: "\u2014" if value is None else formats.format_ratio(value),
+        "p": lambda value: formats.format_p(value, typographic=True),
+        "error": lambda value: formats.format_error(value, typographic=True),
+        "estimate": formats.format_estimate,
+        "convergence": formats.format_convergence,
+        "seeds_needed": lambda entry: formats.format_seeds_needed(entry, typographic=True),
+        "law": _law,
+        "symbol": lambda name: SYMBOLS.get(name, formats.printable(name)),
+        "parameter_names": lambda mappings: list(dict.fromkeys(name for one in mappings for name in one)),
         "axis_label": formats.axis_label,
+        "scale_title": formats.scale_title,
+        "as_gain": formats.as_gain,
         "reading": formats.reading,
         "reading_words": formats.format_reading,
         "tuning": formats.format_tuning,
@@ -67,6 +84,12 @@ def _environment() -> jinja2.Environment:
 def _breakable(text: object) -> Markup:
     """`text`, escaped, where a line may break after the signs that join the parts of a path or a variant's name."""
     return Markup(re.sub(r"([+/,])", r"\1<wbr>", str(escape(formats.printable(text)))))
+
+
+def _law(law: str) -> Markup:
+    """A law, escaped, its formula set as in print where it is a known one; a comma and what it says more may follow."""
+    formula, comma, rest = formats.printable(law).partition(",")
+    return LAWS.get(formula, escape(formula)) + comma + rest
 
 
 def _page(gains: Mapping) -> dict:
@@ -91,6 +114,10 @@ def _page(gains: Mapping) -> dict:
         "classes": {entry["variant"]: entry for entry in gains["classes"]},
         "variants": figures.gained_variants(gains),
         "colours": {variant: figures.colour_of(gains, variant) for variant in figures.variants_of(gains)},
+        "part_axes": _part_axes(gains, axes),
+        "methods": formats.METHODS,
+        "extrapolates": bool(gains["forecasts"])
+        or any(formats.is_extrapolated(point) for entry in gains["gains"] for point in entry["curve"]),
         "ratio_axis": RatioAxis.around(headline),
         "figures": figures.all_figures(gains),
         "in_scale": {scale: {e["variant"] for e in gains["gains"] if e["scale"] == scale} for scale in scales},
@@ -100,6 +127,18 @@ def _page(gains: Mapping) -> dict:
         "parameter_keys": list(dict.fromkeys(key for run in models for key in run.get("parameters") or {})),
         "flops_keys": list(dict.fromkeys(key for run in models for key in run.get("flops_per_token") or {})),
     }
+
+
+def _part_axes(gains: Mapping, axes: list[str]) -> dict[str, list[str]]:
+    """The cost axes each part is shown on: all, to choose from, or the only one that it is told on."""
+    parts = {
+        "combinations": [*gains["interactions"], *gains["contributions"]],
+        "fits": gains["fits"],
+        "forecasts": gains["forecasts"],
+        "power": (gains["power"] or {"entries": []})["entries"],
+    }
+    found = {part: {entry["axis"] for entry in entries} for part, entries in parts.items()}
+    return {part: axes if len(told) > 1 else list(told) for part, told in found.items()}
 
 
 def _counts(headline: list[Mapping]) -> dict[str, str]:

@@ -1,12 +1,19 @@
 "use strict";
 (function () {
-  const figures = JSON.parse(document.getElementById("figures").textContent);
-  const chooser = document.getElementById("axis");
+  const source = document.getElementById("figures");
+  const figures = JSON.parse(source.textContent);
+  const choosers = document.querySelectorAll("select.axis");
   const settings = { displayModeBar: false, responsive: true };
 
-  function draw() {
+  function draw(axis) {
+    for (const chooser of choosers) {
+      chooser.value = axis;
+    }
+    for (const part of document.querySelectorAll("[data-axis]")) {
+      part.hidden = part.dataset.axis !== axis;
+    }
     for (const place of document.querySelectorAll("[data-panel]")) {
-      const figure = figures[place.dataset.panel][chooser.value];
+      const figure = figures[place.dataset.panel][axis];
       // Plotly keeps what it is given and changes it, so each drawing gets a copy.
       const copy = JSON.parse(JSON.stringify(figure));
       copy.layout.font.family = getComputedStyle(document.body).fontFamily;
@@ -22,10 +29,10 @@
     }
   }
 
-  if (chooser) {
-    window.addEventListener("beforeprint", () => fit(true));
-    window.addEventListener("afterprint", () => fit(false));
-    chooser.addEventListener("change", draw);
-    draw();
+  window.addEventListener("beforeprint", () => fit(true));
+  window.addEventListener("afterprint", () => fit(false));
+  for (const chooser of choosers) {
+    chooser.addEventListener("change", () => draw(chooser.value));
   }
+  draw(source.dataset.headline);
 })();

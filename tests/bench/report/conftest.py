@@ -1,5 +1,7 @@
 """A gains dict in the schema of gains.json, small and made up, for the tests of the report."""
 
+import math
+
 import pytest
 
 HOSTILE = (
@@ -13,9 +15,22 @@ AXES = {"model_flops": 1.0, "flops_6nd": 1.04, "seconds": 2e-12, "tokens": 1e-6}
 
 
 def make_gain(**changes):
-    """One point of a gain: 2.31 [1.80, 2.96] unless changed."""
-    point = {"ceg": 2.31, "interval": [1.80, 2.96], "lower_bound": None, "upper_bound": None}
-    return point | changes
+    """One point of a gain: 2.31 [1.80, 2.96] unless changed; what follows from the interval follows here too."""
+    point = {"ceg": 2.31, "interval": [1.80, 2.96], "lower_bound": None, "upper_bound": None} | changes
+    closed = point["ceg"] is not None and point["interval"] is not None and None not in point["interval"]
+    error = math.log(point["interval"][1] / point["interval"][0]) / 3.92 if closed else None
+    inferred = {
+        "interval_90": None if point["interval"] is None else [_narrower(point["ceg"], e) for e in point["interval"]],
+        "p_value": math.erfc(abs(math.log(point["ceg"])) / error / math.sqrt(2)) if closed else None,
+        "seed_error": error,
+        "evaluation_error": 0.004 if closed else None,
+        "extrapolated": False,
+    }
+    return point | inferred | changes
+
+
+def _narrower(value, end):
+    return end if value is None or end is None else value * (end / value) ** (1.645 / 1.96)
 
 
 POINTS = {
@@ -27,9 +42,25 @@ POINTS = {
 }
 
 
-def make_gains(*, points=POINTS, scales=("compact",), seeds=3, axes=AXES, baseline="baseline"):
-    """A whole gains dict; `points` maps a variant to its point on every axis and scale."""
+def make_gains(
+    *,
+    points=POINTS,
+    scales=("compact",),
+    seeds=3,
+    axes=AXES,
+    baseline="baseline",
+    combinations=False,
+    fits=False,
+    forecasts=False,
+    power=False,
+):
+    """A whole gains dict; `points` maps a variant to its point on every axis and scale.
+
+    combinations, fits, forecasts, power: whether there are interactions and contributions (of the variants whose name
+    has a "+"), fitted laws, forecasts, and a calculation of the seeds needed.
+    """
     entries, frontiers, runs = [], [], []
+    places = [{"scale": scale, "axis": axis} for scale in scales for axis in axes]
     for rank, scale in enumerate(scales):
         for axis, unit in axes.items():
             for place, variant in enumerate([baseline, *points]):
@@ -94,14 +125,29 @@ def make_gains(*, points=POINTS, scales=("compact",), seeds=3, axes=AXES, baseli
         {
             "variant": variant,
             "axis": "model_flops",
-            "sign": {"verdict": "independent", "interval": point["interval"], "scale": scales[0]},
-            "slope": {"verdict": "inconclusive", "value": -0.123, "interval": [-0.34, 0.09]},
+            "sign": {
+                "verdict": "independent",
+                "interval": point["interval"],
+                "interval_90": point["interval_90"],
+                "p_value": point["p_value"],
+                "p_adjusted": None if point["p_value"] is None else min(1.0, 5 * point["p_value"]),
+                "scale": scales[0],
+            },
+            "slope": {
+                "verdict": "inconclusive",
+                "value": -0.123,
+                "interval": [-0.34, 0.09],
+                "interval_90": [-0.29, 0.05],
+                "p_value": 0.21,
+                "p_adjusted": 0.84,
+                "scale": scales[-1],
+            },
         }
         for variant, point in points.items()
         if scales
     ]
     return {
-        "schema": 1,
+        "schema": 2,
         "study": "quickstart",
         "baseline": baseline,
         "estimator": "crossing",
@@ -111,10 +157,95 @@ def make_gains(*, points=POINTS, scales=("compact",), seeds=3, axes=AXES, baseli
         "warnings": [],
         "gains": entries,
         "classes": classes,
+        "correction": f"p-values are adjusted by Holm's method over {len(points)} variants",
+        "interactions": _interactions(points, places) if combinations else [],
+        "contributions": _contributions(points, places) if combinations else [],
+        "fits": _fits([baseline, *points], places) if fits else [],
+        "forecasts": _forecasts(points, places, axes) if forecasts else [],
+        "power": _power(points, places, seeds) if power else None,
         "frontiers": frontiers,
         "sign_changes": [],
         "runs": runs,
     }
+
+
+def _interactions(points, places):
+    ratio = {"ratio": 0.82, "interval": [0.71, 0.95], "interval_90": [0.73, 0.93], "p_value": 0.008}
+    free = {"lower_bound": None, "upper_bound": None}
+    found = {"joint": 3.483, "product": 4.248, **free, **ratio, "verdict": "less than the product"}
+    return [
+        {**place, "variant": variant, "innovations": variant.split("+"), **found}
+        for place in places
+        for variant in points
+        if "+" in variant
+    ]
+
+
+def _contributions(points, places):
+    return [
+        {
+            **place,
+            "variant": variant,
+            "innovation": innovation,
+            "method": "shapley" if rank else "leave_one_out",
+            "lower_bound": None,
+            "upper_bound": None,
+            "ceg": 1.0 + 0.6 * rank,
+            "interval": [0.93 + 0.5 * rank, 1.08 + 0.7 * rank],
+            "interval_90": [0.94 + 0.5 * rank, 1.07 + 0.7 * rank],
+            "p_value": 0.0004 if rank else 0.97,
+        }
+        for place in places
+        for variant in points
+        if "+" in variant
+        for rank, innovation in enumerate(variant.split("+"))
+    ]
+
+
+def _fits(variants, places):
+    pinned = [
+        {"E": E, "gamma": gamma, "gains": {variant: 2.0 + 0.1 * rank for rank, variant in enumerate(variants[1:])}}
+        for E, gamma in ((1.7, 0.1654), (1.9, 0.2012))
+    ]
+    return [
+        {
+            **place,
+            "law": "L = E + K C^-gamma",
+            "parameters": {"E": 1.8172, "gamma": 0.1823},
+            "intervals": {"E": [1.7611, 1.8702], "gamma": None},
+            "variants": {variant: {"K": 412.3 - 20 * rank} for rank, variant in enumerate(variants)},
+            "converged": True,
+            "best_starts": 17,
+            "starts": 20,
+            "replicates_converged": 0.994,
+            "pinned": pinned,
+        }
+        for place in places
+    ]
+
+
+def _forecasts(points, places, axes):
+    return [
+        {
+            **place,
+            "variant": variant,
+            "baseline_compute": 4e12 * 10**decades * axes[place["axis"]],
+            "ceg": 2.2,
+            "interval": [1.8 - 0.5 * decades, 2.9 + decades],
+            "interval_90": [1.9 - 0.5 * decades, 2.8 + decades],
+            "decades": decades,
+            "extrapolated": True,
+        }
+        for place in places
+        for variant in points
+        for decades in (1.0, 2.0)
+    ]
+
+
+def _power(points, places, seeds):
+    noise = {"seed_sd": 0.0734, "seeds_needed": 5, "seeds_cautious": 11, "cost": 2.4e14}
+    entries = [{**place, "variant": variant, "seeds": seeds, **noise} for place in places for variant in points]
+    return {"level": 0.95, "width": 0.1, "entries": entries}
 
 
 @pytest.fixture(name="make_gain")

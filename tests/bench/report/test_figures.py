@@ -75,6 +75,63 @@ def test_points_where_nothing_is_known_are_left_out(make_gains, make_gain):
     go.Figure(figure)
 
 
+def test_forecasts_have_open_markers_and_dashed_bars_apart_from_the_line(make_gains):
+    gains = make_gains(forecasts=True)
+    figure = gain_figure(gains, "layer_norm", "model_flops", RatioAxis(0.5, 20.0))
+    line, points, bars, markers = figure["data"]
+    assert line["x"] == points["x"] == [1e12, 2e12, 4e12]
+    assert markers["x"] == [4e13, 4e14]
+    assert markers["y"] == [2.2, 2.2]
+    assert markers["marker"]["symbol"] == ["circle-open"] * 2
+    assert "error_y" not in markers
+    assert bars["x"] == [4e13, 4e13, None, 4e14, 4e14, None]
+    assert bars["y"] == pytest.approx([1.3, 3.9, None, 0.8, 4.9, None])
+    assert bars["line"]["dash"] == "dot"
+    assert "a forecast, 2.0 decades beyond the data" in markers["hovertext"][1]
+    assert "<b>~2.20 [0.80, 4.90]</b>" in markers["hovertext"][1]
+    assert [note["text"] for note in figure["layout"]["annotations"]] == ["extrapolated"]
+    shade = figure["layout"]["shapes"][0]
+    assert 4e12 < shade["x0"] < 4e13
+    low, high = (10**end for end in figure["layout"]["xaxis"]["range"])
+    assert low < 1e12
+    assert high > 4e14
+    go.Figure(figure)
+
+
+def test_the_axis_of_gains_shows_every_forecast(make_gains):
+    gains = make_gains(forecasts=True)
+    for entry in gains["forecasts"]:
+        entry |= {"ceg": 300.0, "interval": [200.0, 450.0]}
+    low, high = all_figures(gains)["gain-0"]["model_flops"]["layout"]["yaxis"]["range"]
+    assert 10**low < 0.5
+    assert 10**high > 450
+
+
+def test_extrapolated_points_of_a_curve_stand_apart_too(make_gains):
+    gains = make_gains()
+    curve = next(e for e in gains["gains"] if e["variant"] == "layer_norm" and e["axis"] == "model_flops")["curve"]
+    curve[2]["extrapolated"] = True
+    line, points, _, markers = gain_figure(gains, "layer_norm", "model_flops", RatioAxis(0.5, 20.0))["data"]
+    assert line["x"] == points["x"] == [1e12, 2e12]
+    assert markers["x"] == [4e12]
+    assert "extrapolated by a fit" in markers["hovertext"][0]
+
+
+def test_a_bound_is_never_extrapolated(make_gains, make_gain):
+    gains = make_gains(points={"rope": make_gain(ceg=None, interval=None, lower_bound=4.0, extrapolated=True)})
+    figure = gain_figure(gains, "rope", "model_flops", RatioAxis(0.5, 20.0))
+    assert len(figure["data"]) == 2
+    assert "annotations" not in figure["layout"]
+    assert "extrapolated" not in figure["data"][1]["hovertext"][0]
+
+
+def test_hovering_tells_the_other_interval_the_p_value_and_both_errors(make_gains, make_gain):
+    point = make_gain(interval_90=[1.88, 2.84], p_value=0.0002, seed_error=0.127, evaluation_error=0.004)
+    text = gain_figure(make_gains(points={"rope": point}), "rope", "model_flops", RatioAxis(0.5, 8))["data"][1]
+    for words in ("90 % interval [1.88, 2.84]", "1: &lt;0.001", "seeds 0.13, evaluation at most 0.0040"):
+        assert words in text["hovertext"][0]
+
+
 def test_scales_are_told_apart_by_a_legend_only_where_there_are_several(make_gains):
     for scales in (("compact",), ("compact", "full")):
         traces = gain_figure(make_gains(scales=scales), "layer_norm", "model_flops", RatioAxis(0.5, 8))["data"]
@@ -91,7 +148,8 @@ def test_colours_differ_and_the_baseline_comes_first(make_gains):
 
 
 def test_texts_from_outside_reach_plotly_as_text(make_gains, make_gain, hostile):
-    gains = make_gains(points={name: make_gain() for name in hostile}, scales=hostile[:2], baseline=hostile[0] + "b")
+    points = {name: make_gain() for name in hostile}
+    gains = make_gains(points=points, scales=hostile[:2], baseline=hostile[0] + "b", forecasts=True)
     for figure in each_figure(gains):
         texts = [text for trace in figure["data"] for text in (trace["name"], *trace.get("hovertext", ()))]
         for text in texts:

@@ -6,19 +6,28 @@ from hypothesis import strategies as st
 
 from bench.report import format_gain
 from bench.report.format import (
+    SIGNIFICANCE,
+    as_gain,
     axes_of,
     axis_label,
     format_bound,
     format_compute,
+    format_convergence,
+    format_error,
+    format_estimate,
     format_interval,
     format_number,
+    format_p,
     format_reading,
+    format_seeds_needed,
     format_slope,
     format_time,
     format_tuning,
     is_bound,
+    is_extrapolated,
     printable,
     reading,
+    scale_title,
 )
 
 
@@ -69,6 +78,14 @@ from bench.report.format import (
             "loss, a bound",
         ),
         ({"interval": None, "ceg": None, "seeds": 1}, "-", "\u2014", "unknown"),
+        ({"extrapolated": True}, "~2.31 [1.80, 2.96]", "~2.31 [1.80, 2.96]", "gain, extrapolated"),
+        ({"extrapolated": True, "interval": None}, "~2.31", "~2.31", "no interval, extrapolated"),
+        (
+            {"extrapolated": True, "interval": None, "ceg": None, "lower_bound": 4.0},
+            ">= 4.0",
+            "\u2265 4.0",
+            "bound only",
+        ),
     ],
 )
 def test_a_gain_in_words(make_gain, changes, text, typographic, read):
@@ -79,6 +96,7 @@ def test_a_gain_in_words(make_gain, changes, text, typographic, read):
     assert format_reading(gain) == read
     assert read.startswith(reading(gain))
     assert is_bound(gain) == ("bound" in read)
+    assert is_extrapolated(gain) == ("extrapolated" in read)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +175,80 @@ def test_times():
 )
 def test_tuning(tuning, untuned, text):
     assert format_tuning({"tuning": tuning, "untuned": untuned}) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0, "<0.001"),
+        (0.00099, "<0.001"),
+        (0.001, "0.001"),
+        (0.0123, "0.012"),
+        (0.0996, "0.10"),
+        (0.3456, "0.35"),
+        (1.0, "1.00"),
+        (0.0499, "0.0499"),
+        (0.05, "0.050"),
+        (0.0501, "0.0501"),
+        (None, "-"),
+    ],
+)
+def test_p_values(value, text):
+    assert format_p(value) == text
+    assert format_p(value, typographic=True) == text.replace("-", "\u2014")
+
+
+@given(st.floats(0, 1))
+def test_a_p_value_is_short_close_and_on_its_side_of_the_threshold(value):
+    text = format_p(value)
+    assert len(text) <= 6
+    shown = 0.0 if text == "<0.001" else float(text)
+    assert math.isclose(shown, value, abs_tol=0.001 if value < 0.0995 else 0.0051)
+    if abs(value - SIGNIFICANCE) > 5e-5:
+        assert (shown < SIGNIFICANCE) == (value < SIGNIFICANCE)
+
+
+def test_errors():
+    assert (format_error(0.0642), format_error(0.5), format_error(0.0)) == ("0.064", "0.50", "0")
+    assert (format_error(None), format_error(None, typographic=True)) == ("-", "\u2014")
+
+
+def test_parameters_of_a_law_with_and_without_an_interval():
+    assert format_estimate(1.81724) == "1.817"
+    assert format_estimate(0.36582, [0.3, 0.41236]) == "0.3658 [0.3000, 0.4124]"
+    assert format_estimate(2085.43, [0.0, 123456.0]) == "2085 [0, 1.235e5]"
+
+
+def test_an_interaction_and_a_forecast_read_like_gains(make_gains):
+    gains = make_gains(combinations=True, forecasts=True)
+    assert format_gain(as_gain(gains["interactions"][0])) == "0.82 [0.71, 0.95]"
+    assert reading(as_gain(gains["interactions"][0])) == "loss"
+    assert format_gain(as_gain(gains["forecasts"][0])) == "~2.20 [1.30, 3.90]"
+    censored = {"joint": None, "product": 4.2, "ratio": None, "lower_bound": 1.26, "upper_bound": None}
+    assert format_gain(as_gain({**censored, "interval": [1.1, None]})) == ">= 1.2 [1.10, inf)"
+
+
+def test_whether_a_fit_converged():
+    fit = {"converged": True, "best_starts": 17, "starts": 20, "replicates_converged": None}
+    assert format_convergence(fit) == "converged, 17 of 20 starts agree"
+    fit |= {"replicates_converged": 1.0}
+    assert format_convergence(fit).endswith("agree; 100 % of the bootstrap replicates converged")
+    fit |= {"replicates_converged": 0.99996}
+    assert format_convergence(fit).endswith("agree; 99.9 % of the bootstrap replicates converged")
+    fit |= {"converged": False, "best_starts": 1, "replicates_converged": None}
+    assert format_convergence(fit) == "did not converge (1 of 20 starts agree); do not rely on it"
+
+
+def test_seeds_needed():
+    assert format_seeds_needed({"seeds_needed": 5, "seeds_cautious": 11}) == "5 (11)"
+    assert format_seeds_needed({"seeds_needed": 5, "seeds_cautious": None}) == "5"
+    unknown = {"seeds_needed": None, "seeds_cautious": None}
+    assert (format_seeds_needed(unknown), format_seeds_needed(unknown, typographic=True)) == ("-", "\u2014")
+
+
+def test_the_scale_that_pools_all_others_says_so():
+    assert scale_title("compact") == "compact"
+    assert scale_title("all scales") == "all scales (the frontier over every scale)"
 
 
 def test_nothing_that_moves_a_cursor_or_turns_a_line_round_is_printed():

@@ -1,4 +1,5 @@
 import html
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -10,7 +11,9 @@ from bench.report.format import (
     axes_of,
     axis_label,
     format_compute,
+    format_error,
     format_interval,
+    format_p,
     format_slope,
     gain_parts,
     printable,
@@ -70,6 +73,11 @@ class Page(HTMLParser):
             cells[-1] = f"{cells[-1]}{data}" if data.strip() else f"{cells[-1]} "
         if "li" in self.open:
             self.notes[-1] += data
+
+    @property
+    def text(self):
+        """All that is read, spaces joined."""
+        return " ".join(" ".join(self.words).split())
 
     def rows(self, section, table=0):
         """Cells of a table's body, spaces joined."""
@@ -206,10 +214,17 @@ def test_numbers_beneath_the_figures(make_gains, read):
         assert row[2] == format_compute(point["baseline_compute"], typographic=True)
         assert row[3] == f"{point['target_loss']:.4f}"
         assert f"{row[4]} {row[5]}".removesuffix(" \u2014") == shown(point)
+        assert row[6] == (format_interval(point["interval_90"], typographic=True) or "\u2014")
+        assert row[7] == format_p(point["p_value"], typographic=True)
+        assert row[8:] == [
+            format_error(point["seed_error"], typographic=True),
+            "\u2014" if point["evaluation_error"] is None else "\u2264 0.0040",
+        ]
 
 
 def test_classes_with_their_numbers(make_gains, read):
     gains = make_gains()
+    gains["classes"][3]["sign"] |= {"p_value": 0.0123, "interval_90": [1.02, 1.03]}
     gains["classes"][1]["slope"] |= {"value": None, "interval": None}
     gains["classes"][2]["sign"]["scale"] = None
     for row, entry in zip(read(gains).rows("classes"), gains["classes"], strict=True):
@@ -218,9 +233,24 @@ def test_classes_with_their_numbers(make_gains, read):
             entry["sign"]["verdict"],
             format_interval(entry["sign"]["interval"], typographic=True) or "\u2014",
             entry["sign"]["scale"] or "\u2014",
+            format_p(entry["sign"]["p_adjusted"], typographic=True),
             entry["slope"]["verdict"],
             format_slope(entry["slope"], typographic=True),
+            "compact",
+            "0.84",
         ]
+
+
+def test_the_class_says_how_its_p_values_are_adjusted_and_what_they_were_before(make_gains, read):
+    gains = make_gains()
+    gains["classes"][3]["sign"] |= {"p_value": 0.0123, "interval_90": [1.02, 1.03]}
+    page = read(gains)
+    titles = {value for tag, name, value in page.attributes if (tag, name) == ("td", "title")}
+    slope = "90 %: \u22120.12 [\u22120.29, +0.05]"
+    assert {"unadjusted: 0.012", "unadjusted: 0.21", "90 %: [1.02, 1.03]", slope} <= titles
+    assert f"for the number of innovations tested: {gains['correction']}. So an interval" in page.text
+    gains["correction"] = ""
+    assert "adjusted for" not in read(gains).text
 
 
 def test_figures_for_each_panel_and_axis(make_gains, read):
@@ -229,9 +259,141 @@ def test_figures_for_each_panel_and_axis(make_gains, read):
     figures = json.loads(page.scripts[0])
     panels = [value for _, name, value in page.attributes if name == "data-panel"]
     assert panels == list(figures) == ["loss-0", "loss-1", *(f"gain-{index}" for index in range(5))]
-    choices = [value for tag, name, value in page.attributes if (tag, name) == ("option", "value")]
-    assert choices == axes_of(gains)
+    options = [value for tag, name, value in page.attributes if (tag, name) == ("option", "value")]
+    choices = axes_of(gains)
+    assert options == 2 * choices
     assert all(list(figure) == choices for figure in figures.values())
+
+
+def test_interactions_and_contributions_on_every_axis(make_gains, read):
+    gains = make_gains(combinations=True, scales=("compact", "full"))
+    page = read(gains)
+    assert page.rows("combinations", 0) == [
+        [
+            entry["variant"],
+            entry["scale"],
+            "3.48",
+            "4.25",
+            "0.82",
+            "[0.71, 0.95]",
+            "[0.73, 0.93]",
+            "0.008",
+            "less than the product",
+        ]
+        for axis in axes_of(gains)
+        for entry in gains["interactions"]
+        if entry["axis"] == axis
+    ]
+    entries = [e for axis in axes_of(gains) for e in gains["contributions"] if e["axis"] == axis]
+    for row, entry in zip(page.rows("combinations", 1), entries, strict=True):
+        assert row[:3] == [entry["variant"], entry["innovation"], entry["scale"]]
+        assert row[3:5] == [*gain_parts(entry)]
+        assert row[6:] == [format_p(entry["p_value"]), "Shapley" if entry["method"] == "shapley" else "leave one out"]
+    axes = [value for tag, name, value in page.attributes if (tag, name) == ("tbody", "data-axis")]
+    hidden = [name for tag, name, _ in page.attributes if (tag, name) == ("tbody", "hidden")]
+    assert axes == 2 * axes_of(gains)
+    assert len(hidden) == 2 * 3
+
+
+def test_an_axis_without_a_combination_says_so(make_gains, read):
+    gains = make_gains(combinations=True)
+    gains["interactions"] = [entry for entry in gains["interactions"] if entry["axis"] != "seconds"]
+    rows = read(gains).rows("combinations", 0)
+    assert [row for row in rows if len(row) == 1] == [["Nothing in seconds."]]
+
+
+def test_an_interaction_that_is_a_bound(make_gains, read):
+    gains = make_gains(combinations=True, axes={"model_flops": 1.0})
+    censored = {"joint": None, "ratio": None, "lower_bound": 1.26, "interval": [1.1, None], "interval_90": None}
+    gains["interactions"][0] |= censored | {"p_value": None, "verdict": "more than the product"}
+    ((_, *cells),) = read(gains).rows("combinations", 0)
+    assert cells == ["\u2014", "4.25", "\u2265 1.2", "[1.10, \u221e)", "\u2014", "\u2014", "more than the product"]
+
+
+def test_forecasts_are_marked_as_extrapolated(make_gains, read):
+    gains = make_gains(forecasts=True)
+    gains["forecasts"] = [entry for entry in gains["forecasts"] if entry["axis"] == "model_flops"]
+    page = read(gains)
+    assert page.rows("forecasts")[1] == [
+        "layer_norm",
+        "4.00 \u00d7 10\u00b9\u2074",
+        "2.0 decades",
+        "~2.20",
+        "[0.80, 4.90]",
+        "[0.90, 4.80]",
+    ]
+    assert len(page.rows("forecasts")) == 10
+    assert "Every value here is extrapolated" in page.text
+    assert "Open markers with dashed bars are extrapolated" in page.text
+    assert "Open markers" not in read(make_gains()).text
+
+
+def test_what_is_told_on_one_axis_does_not_follow_the_choice_of_another(make_gains, read):
+    gains = make_gains(forecasts=True, power=True)
+    gains["forecasts"] = [entry for entry in gains["forecasts"] if entry["axis"] == "seconds"]
+    page = read(gains)
+    assert len(page.rows("forecasts")) == 10
+    assert "Forecasts beyond the data Compute in seconds" in page.text
+    axes = [value for tag, name, value in page.attributes if (tag, name) == ("tbody", "data-axis")]
+    assert axes == axes_of(gains)
+
+
+def test_extrapolated_gains_are_marked_and_explained(make_gains, make_gain, read):
+    page = read(make_gains(points={"rope": make_gain(extrapolated=True)}))
+    assert page.rows("headline")[0][1:5] == ["~2.31", "[1.80, 2.96]", "", "gain, extrapolated"]
+    explained = "~ Extrapolated: the value comes from a fit"
+    assert explained in page.text
+    assert explained not in read(make_gains()).text
+
+
+def test_fits_with_their_parameters_and_what_pinning_does(make_gains, read):
+    gains = make_gains(fits=True, axes={"model_flops": 1.0})
+    page = read(gains)
+    assert "E = 1.817 [1.761, 1.870] , \u03b3 = 0.1823" in page.text
+    assert "The fit converged, 17 of 20 starts agree; 99.4 % of the bootstrap replicates converged." in page.text
+    assert page.rows("fits", 0)[:2] == [["baseline", "412.3"], ["layer_norm", "392.3"]]
+    header, *rows = page.tables["fits"][1]
+    assert header == ["E held at", "1.700", "1.900"]
+    assert rows[0] == ["\u03b3", "0.1654", "0.2012"]
+    assert page.rows("fits", 1)[1:3] == [["layer_norm", "2.00", "2.00"], ["rope", "2.10", "2.10"]]
+
+
+def test_fits_that_share_other_parameters_or_were_not_pinned(make_gains, read):
+    gains = make_gains(fits=True, axes={"model_flops": 1.0})
+    fit = gains["fits"][0]
+    free = {"law": "L = E + K C^-gamma, gamma of each <b>", "parameters": {"E": 0.0}, "pinned": [], "converged": False}
+    ragged = {"baseline": {"K": 10.0}, "rope": {"K": 9.0, "gamma": 0.2}}
+    surface = {"law": "L = E + A/N^alpha + B/D^beta", "variants": {}, "intervals": {}}
+    gains["fits"] = [fit | free | {"variants": ragged}, fit | surface, fit | {"law": "L = E <i>"}]
+    page = read(gains)
+    assert page.rows("fits", 0) == [["baseline", "10.00", "\u2014"], ["rope", "9.000", "0.2000"]]
+    assert page.tags.count("sup") == 1 + 2
+    assert page.tags.count("i") == 1
+    assert "L = E <i>" in page.text
+    assert "gamma of each <b>" in page.text
+    assert "The fit did not converge (17 of 20 starts agree); do not rely on it" in page.text
+
+
+def test_seeds_needed(make_gains, read):
+    page = read(make_gains(power=True, axes={"model_flops": 1.0}))
+    assert page.rows("power")[0] == ["layer_norm", "3", "0.073", "5 (11)", "2.40 \u00d7 10\u00b9\u2074 model FLOPs"]
+    assert "bring the 95 % interval within a factor 1.1 of the CEG" in page.text
+
+
+def test_parts_without_entries_have_no_section(make_gains, read):
+    assert set(read(make_gains()).tables) == {"headline", "classes", "loss", "curves", "axes", "provenance"}
+
+
+def test_the_pooled_scale_says_what_it_is(make_gains, read):
+    text = read(make_gains(scales=("compact", "all scales"))).text
+    # Above the gains, the losses and the gains on every axis.
+    assert text.count("all scales (the frontier over every scale)") == 3
+
+
+def test_one_axis_needs_no_choice_and_is_still_drawn(make_gains, read):
+    page = read(make_gains(axes={"seconds": 1.0}))
+    assert "select" not in page.tags
+    assert ("script", "data-headline", "seconds") in page.attributes
 
 
 def test_provenance_of_every_run(make_gains, read):
@@ -284,7 +446,9 @@ def test_terms_are_explained_where_they_are_used(make_gains, read):
 
 
 def test_hostile_names_stay_text_everywhere(make_gains, make_gain, read, hostile):
-    gains = make_gains(points={name: make_gain() for name in hostile}, scales=hostile[:2], baseline=f"{hostile[0]}b")
+    points = {name: make_gain() for name in (*hostile, "+".join(hostile))}
+    options = {"combinations": True, "fits": True, "forecasts": True, "power": True}
+    gains = make_gains(points=points, scales=hostile[:2], baseline=f"{hostile[0]}b", **options)
     script = hostile[0]
     gains |= {"study": script, "estimator": script, "created": script, "warnings": list(hostile)}
     gains |= {"caveats": list(hostile)}
@@ -297,16 +461,30 @@ def test_hostile_names_stay_text_everywhere(make_gains, make_gain, read, hostile
             "state": 'done" onload="x',
         }
         run |= {"parameters": {script: 1}, "flops_per_token": {hostile[1]: 2.0}, "started": script}
-    for entry in [*gains["gains"], *gains["frontiers"]]:
+    parts = [gains[part] for part in ("gains", "frontiers", "interactions", "contributions", "fits", "forecasts")]
+    for entry in [*itertools.chain(*parts), *gains["power"]["entries"]]:
         entry["axis"] = {"tokens": script}.get(entry["axis"], entry["axis"])
     for entry in gains["classes"]:
         entry["sign"] |= {"verdict": script}
         entry["slope"] |= {"verdict": hostile[1]}
+    gains["correction"] = script
+    for entry in gains["interactions"]:
+        entry |= {"verdict": script}
+    for entry in gains["contributions"]:
+        entry |= {"method": hostile[1]}
+    for fit in gains["fits"]:
+        fit |= {"law": f"{script}, {hostile[1]}", "parameters": {hostile[1]: 1.0}, "variants": {script: {script: 1.0}}}
+        fit["pinned"][0] |= {script: 1.0}
     page = read(gains)
     assert page.tags.count("script") == 3
     assert "img" not in page.tags
     assert not [name for _, name, _ in page.attributes if name.startswith("on")]
-    assert [row[0] for row in page.rows("headline")] == [printable(name) for name in hostile]
+    assert [row[0] for row in page.rows("headline")] == [printable(name) for name in points]
+    assert {row[0] for row in page.rows("combinations")} == {"+".join(hostile)}
+    assert {row[-1] for row in page.rows("combinations", 1)} == {hostile[1]}
+    assert page.rows("fits", 0) == [[script, "1.000"]]
+    assert [row[0] for row in page.rows("forecasts")[:2]] == [script] * 2
+    assert [row[0] for row in page.rows("power")[: len(points)]] == list(points)
     assert [row[0] for row in page.rows("provenance", 1)] == [run["path"] for run in gains["runs"]]
     assert set(hostile) <= set(page.notes)
     assert "<" not in page.scripts[0]

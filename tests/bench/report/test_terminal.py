@@ -135,6 +135,81 @@ def test_nothing_to_show(make_gains):
     assert lines(printed(gains)) == ["No gain could be computed.", "warning: No run is done yet."]
 
 
+SECTIONS = """\
+classes: p-values are adjusted by Holm's method over 5 variants
+
+compact: interactions: the joint gain over the product of the single gains, model FLOPs
+variant                          joint  product  ratio              verdict
+flash_attention+layer_norm+rope  3.48   4.25     0.82 [0.71, 0.95]  less than the product
+
+compact: contributions: each innovation's factor inside a combination, model FLOPs
+variant                          innovation       factor             method
+flash_attention+layer_norm+rope  flash_attention  1.00 [0.93, 1.08]  leave one out
+flash_attention+layer_norm+rope  layer_norm       1.60 [1.43, 1.78]  Shapley
+flash_attention+layer_norm+rope  rope             2.20 [1.93, 2.48]  Shapley
+"""
+
+
+def test_combinations_follow_the_gains(make_gains):
+    assert lines(printed(make_gains(combinations=True)))[8:19] == SECTIONS.splitlines()
+
+
+def test_every_part_in_its_order_and_the_correction_once(make_gains):
+    gains = make_gains(combinations=True, fits=True, forecasts=True, power=True, scales=("compact", "full"))
+    gains["warnings"] = ["joules: not measured."]
+    out = printed(gains)
+    words = (
+        "class",
+        "~ marks",
+        "Holm's",
+        "interactions",
+        "contributions",
+        "forecasts",
+        "seeds needed for",
+        "fit, compact",
+    )
+    places = [out.index(word) for word in (*words, "fit, full", "warning")]
+    assert places == sorted(places)
+    assert out.count("Holm's") == 1
+
+
+def test_extrapolated_values_are_marked_and_the_mark_is_explained(make_gains, make_gain):
+    explained = "~ marks an extrapolated value"
+    out = printed(make_gains(points={"rope": make_gain(extrapolated=True)}))
+    assert "~2.31 [1.80, 2.96]" in out
+    assert out.count(explained) == 1
+    assert explained not in printed(make_gains())
+    bound = make_gain(ceg=None, interval=None, lower_bound=4.0, extrapolated=True)
+    assert explained not in printed(make_gains(points={"rope": bound}))
+
+
+def test_ratios_and_factors_have_the_colours_of_gains(make_gains):
+    out = printed(make_gains(combinations=True), force_terminal=True, color_system="standard")
+    assert "\x1b[31m0.82 [0.71, 0.95]" in out
+    assert "\x1b[32m2.20 [1.93, 2.48]" in out
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 100])
+def test_nothing_is_wider_than_the_console(make_gains, width):
+    gains = make_gains(combinations=True, fits=True, forecasts=True, power=True, scales=("compact", "full"))
+    out = lines(printed(gains, width=width))
+    assert max(len(line) for line in out) <= width
+    joined = " ".join(" ".join(out).split())
+    for words in (
+        "0.82 [0.71, 0.95]",
+        "~2.20 [1.30, 3.90]",
+        "1.0 decades beyond the data",
+        "5 (11)",
+        "17 of 20 starts",
+    ):
+        assert words in joined
+
+
+def test_the_pooled_scale_says_what_it_is(make_gains):
+    out = printed(make_gains(scales=("compact", "all scales")))
+    assert "all scales (the frontier over every scale): target loss" in out
+
+
 def test_target_loss_may_be_missing(make_gains):
     gains = make_gains()
     for entry in gains["gains"]:
@@ -143,8 +218,14 @@ def test_target_loss_may_be_missing(make_gains):
 
 
 def test_names_are_printed_letter_for_letter(make_gains, make_gain, hostile):
-    gains = make_gains(points={name: make_gain() for name in (*hostile, "e\x1b[2Jvil\n")}, scales=("[bold]s[/bold]",))
+    points = {name: make_gain() for name in (*hostile, "e\x1b[2Jvil\n", "[red]a\x1b+b")}
+    options = {"combinations": True, "fits": True, "forecasts": True, "power": True}
+    gains = make_gains(points=points, scales=("[bold]s[/bold]",), **options)
     gains["warnings"] = ["[red]\x1b]0;title\x07"]
+    gains["correction"] = "[b]by\x1b[2J"
+    gains["fits"][0] |= {"law": "[i]\x1b", "parameters": {"[b]\x1b": 1.0}}
+    gains["interactions"][0] |= {"verdict": "[u]\x1b"}
+    gains["contributions"][0] |= {"innovation": "[s]\x1b", "method": "[m]\x1b"}
     for width in (30, 400):
         out = printed(gains, width=width)
         assert "\x1b" not in out
@@ -153,3 +234,7 @@ def test_names_are_printed_letter_for_letter(make_gains, make_gain, hostile):
     assert "e\\x1b[2Jvil\\n" in out
     assert "[bold]s[/bold]: target" in out
     assert "warning: [red]\\x1b]0;title\\x07" in out
+    for words in ("classes: [b]by\\x1b[2J", "fit, [bold]s[/bold]: [i]\\x1b, [b]\\x1b 1.000; converged"):
+        assert words in out
+    for words in ("[red]a\\x1b+b", "[u]\\x1b", "[s]\\x1b", "[m]\\x1b"):
+        assert words in out
