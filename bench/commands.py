@@ -153,16 +153,20 @@ def others_results(overrides: list[str]) -> tuple[DictConfig, str, "Results", Pa
 
 
 def write_gains(found: dict[str, Any], folder: Path) -> dict[str, Path]:
-    """Writes a study's gains as JSON, as a table and as a page; returns the files."""
+    """Writes a study's gains as JSON, as tables and as a page; returns the files."""
     from bench.report import write_report
-    from bench.report.spreadsheet import write_spreadsheet
+    from bench.report.spreadsheet import write_fits_table, write_gains_table
     from bench.runs.folder import write_whole
 
     files = {"gains": folder / "gains.json", "table": folder / "gains.csv", "report": folder / "report.html"}
+    if found["fits"]:
+        files["fits"] = folder / "fits.csv"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(files["gains"], json.dumps(found, indent=1, allow_nan=False) + "\n")
-        write_spreadsheet(found, files["table"])
+        write_gains_table(found, files["table"])
+        if found["fits"]:
+            write_fits_table(found, files["fits"])
         write_report(found, files["report"])
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}; choose another output") from None

@@ -150,7 +150,7 @@ class AnalysisConfig:
     power_width: float = 0.1  # an interval within [CEG / (1 + it), CEG * (1 + it)]
     forecast: list[float] = field(default_factory=list)  # the baseline's model FLOPs at which to forecast gains
     forecast_far: bool = False  # also beyond two orders of magnitude above the data
-    output: str | None = None  # the folder for gains.json, gains.csv and report.html; null = the study's own
+    output: str | None = None  # the folder for gains.json, its tables and report.html; null = the study's own
 
 
 @dataclass

@@ -12,7 +12,7 @@ from bench.__main__ import main
 from bench.commands import others_results
 from bench.compose import GAINS_FOLDER, choices, compose_config
 from bench.config import Config, ResultsConfig, settle
-from bench.report.spreadsheet import SCHEMA
+from bench.report.spreadsheet import GAINS as COLUMNS
 
 GAINS = {"baseline": 1.0, "rope": 2.0, "mqa": 1.5}
 
@@ -43,7 +43,7 @@ def test_a_table_becomes_a_report(table, tmp_path, capsys):
     assert "rope" in (output / "report.html").read_text()
     with (output / "gains.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == list(SCHEMA)
+    assert list(rows[0]) == list(COLUMNS)
     found = {row["variant"]: row for row in rows if row["axis"] == "model_flops"}
     assert set(found) == {"rope", "mqa"}
     for variant, row in found.items():
@@ -68,6 +68,7 @@ def test_settings_of_the_analysis_arrive(table, tmp_path):
     assert gains["estimator"] == "scaling_law"
     assert gains["power"]["width"] == 0.25
     assert {forecast["baseline_compute"] for forecast in gains["forecasts"]} == {1e18}
+    assert "gamma" in (tmp_path / "fits.csv").read_text()
 
 
 def test_what_is_wrong_with_the_rows_is_in_the_report(table, tmp_path):

@@ -144,14 +144,15 @@ def _entry(
     natural = {"E": lambda parameters: np.exp(parameters[..., 0])}
     if law.shared:
         natural["gamma"] = lambda parameters: parameters[..., -1]
-    largest = np.log(tuned[0].costs[axis].mean(axis=0)[-1]) - law.observations.centres[0]
+    largest = float(np.log(tuned[0].costs[axis].mean(axis=0)[-1]) - law.observations.centres[0])
     elsewhere = [
         {
             "E": asymptote,
             "gamma": float(law.split(parameters)[2][0]),
             "gains": {
-                variant.variant: finite_exp(float((law.line(parameters, place) * [1.0, largest]).sum()))
+                variant.variant: finite_exp(intercept + gradient * largest)
                 for place, variant in enumerate(tuned[1:], 1)
+                for intercept, gradient in [law.line(parameters, place).tolist()]
             },
         }
         for asymptote, parameters in pinned.items()
