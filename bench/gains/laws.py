@@ -17,8 +17,6 @@ from bench.gains.tuning import TunedVariant
 
 ASYMPTOTES = (0.05, 0.3, 0.5, 0.7, 0.85, 0.95)  # starts, as fractions of the lowest loss
 EXPONENTS = (0.05, 0.1, 0.2, 0.4, 0.8)
-
-
 # Huber's delta is Hoffmann's, but no less than this many standard errors of a mean loss. Below them a fit to a few
 # budgets is a median, which jumps from one budget to the next as seeds are resampled, and intervals come out too wide.
 ROBUST = 3.0
@@ -279,9 +277,8 @@ class PowerLaws:
 class LossSurfaces:
     """L = E + A_v / N^alpha + B_v / D^beta for V variants with one E, alpha and beta.
 
-    Hoffmann et al. 2022 (arXiv 2203.15556), approach 3. Parameters are ln E, V times ln A, V times ln B, alpha, beta.
-
-    D is the tokens, N the parameters 6ND / 6D.
+    Hoffmann et al. 2022 (arXiv 2203.15556), approach 3; D is the tokens, and N = 6ND / 6D. Parameters of the law are
+    ln E, V times ln A, V times ln B, alpha and beta.
     """
 
     name = "L = E + A/N^alpha + B/D^beta"

@@ -1,4 +1,3 @@
-import json
 import math
 
 import numpy as np
@@ -6,11 +5,11 @@ import polars as pl
 import pytest
 
 from bench.errors import UserError
-from bench.gains import compute_gains
 from bench.gains.compute import summarise
 from bench.gains.sources.columns import normalise
 from bench.gains.sources.runs import read_study
 from bench.gains.study import ALL_SCALES
+from tests.bench.gains.answers import compute_from, only
 
 BUDGETS = np.array([1e12, 4e12, 16e12, 64e12])
 VARIANTS = {"baseline": 1.0, "flash_attention": 1.0, "rope": 2.0, "layer_norm": 3.0, "layer_norm+rope": 300.0}
@@ -31,18 +30,6 @@ def write(study_folder, seeds=3, scale="tiny", variants=VARIANTS, noise=0.003, *
 
 def compute(study_folder, **options):
     return compute_from(read_study(study_folder.path), **options)
-
-
-def compute_from(results, **options):
-    settings = {"baseline": "baseline", "estimator": "crossing", "replicates": 200, **options}
-    gains = compute_gains(results, **settings)
-    json.dumps(gains, allow_nan=False)
-    return gains
-
-
-def only(entries, **wanted):
-    (found,) = [entry for entry in entries if all(entry[key] == value for key, value in wanted.items())]
-    return found
 
 
 def test_the_schema(study_folder):

@@ -1,13 +1,12 @@
-import json
 import math
 
 import numpy as np
 import pytest
 
-from bench.gains import compute_gains
 from bench.gains.estimators.scaling_law import FARTHEST, PINNED, Estimator
 from bench.gains.sources.runs import read_study
 from bench.gains.study import ALL_SCALES
+from tests.bench.gains.answers import compute_from, only
 
 BUDGETS = 1e18 * 4.0 ** np.arange(5)
 E = 1.7
@@ -19,15 +18,7 @@ def law(compute=BUDGETS, gain=1.0, exponent=0.16):
 
 
 def compute(results, **options):
-    settings = {"baseline": "baseline", "estimator": "scaling_law", "replicates": 200, **options}
-    gains = compute_gains(results, **settings)
-    json.dumps(gains, allow_nan=False)
-    return gains
-
-
-def only(entries, **wanted):
-    (found,) = [entry for entry in entries if all(entry[key] == value for key, value in wanted.items())]
-    return found
+    return compute_from(results, **{"estimator": "scaling_law", **options})
 
 
 @pytest.fixture
