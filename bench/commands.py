@@ -103,6 +103,7 @@ def gains(overrides: list[str]) -> int:
         baseline=baseline,
         estimator=settings.estimator,
         replicates=settings.replicates,
+        targets=list(settings.targets),
         power_width=settings.power_width if settings.power else None,
         forecast=list(settings.forecast),
         forecast_far=settings.forecast_far,

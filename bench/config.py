@@ -146,6 +146,9 @@ class AnalysisConfig:
 
     estimator: str = "crossing"  # a file in bench/gains/estimators
     replicates: int = 2000  # of the bootstrap
+    targets: list[float] = field(
+        default_factory=list
+    )  # losses to read gains at, besides those of the baseline's budgets
     power: bool = False  # also say how many seeds an interval of `power_width` needs
     power_width: float = 0.1  # an interval within [CEG / (1 + it), CEG * (1 + it)]
     forecast: list[float] = field(default_factory=list)  # the baseline's model FLOPs at which to forecast gains

@@ -29,6 +29,7 @@ def compute_gains(
     estimator: str,
     replicates: int = 2000,
     seed: int = 0,
+    targets: Sequence[float] = (),
     forecast: Sequence[float] = (),
     forecast_far: bool = False,
     power_width: float | None = None,
@@ -40,6 +41,7 @@ def compute_gains(
         baseline: the variant that others are compared with.
         estimator: the name of a file in bench/gains/estimators/.
         replicates, seed: of the bootstrap; the same arguments give the same numbers.
+        targets: losses at which gains are wanted, besides those that the baseline's budgets reached.
         forecast: computes of the baseline, on the axis that classes are told on, beyond the data.
         forecast_far: whether to tell those more than two decades beyond.
         power_width: if given, how many seeds intervals within [CEG / (1 + width), CEG (1 + width)] need.
@@ -51,7 +53,7 @@ def compute_gains(
         UserError: nothing can be computed.
     """
     chosen = find_estimator(estimator)
-    study = load_study(results, baseline=baseline, replicates=replicates, seed=seed)
+    study = load_study(results, baseline=baseline, replicates=replicates, seed=seed, targets=targets)
     method = chosen(study)
     estimates = {(scale, axis): method.estimate(scale, axis) for scale in method.scales for axis in method.axes}
     if not any(estimate.gains or estimate.fits for estimate in estimates.values()):

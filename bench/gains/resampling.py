@@ -34,8 +34,8 @@ class Spread:
         """(...) standard errors."""
         return self.deviations.std(axis=0)
 
-    def at(self, place: int) -> "Spread":
-        """That of one of several estimates."""
+    def at(self, place: int | NDArray[np.intp]) -> "Spread":
+        """That of one or some of several estimates."""
         return Spread(self.deviations[:, place], np.broadcast_to(self.freedom, self.deviations.shape[1:])[place])
 
     def margin(self, level: float) -> NDArray[np.float64]:

@@ -1,6 +1,6 @@
 """What estimators see of a study: every variant at its best rates, the axes that were measured, and who is compared."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,6 +69,7 @@ class Study:
         tuned: (scale, variant) -> its results; baseline included.
         axes: cost axes on which every result has a positive number.
         curves: losses in mid-schedule, as in `Results`.
+        targets: losses at which gains are wanted, besides those that the baseline's budgets reached.
         warnings: sentences for the reader; estimators add theirs.
     """
 
@@ -81,6 +82,7 @@ class Study:
     axes: list[str]
     resampling: Resampling
     warnings: list[str]
+    targets: Sequence[float] = ()
     _pairs: dict[tuple[str, str], Pair | None] = field(default_factory=dict)
 
     def variants(self, scale: str) -> list[str]:
@@ -138,6 +140,13 @@ class Study:
                 found.append(pair)
         return found
 
+    def warn_of_targets(self, baseline: TunedVariant, losses: Iterable[float]) -> None:
+        """A sentence for each loss that was asked for and is not between those of the baseline's budgets."""
+        for loss in losses:
+            self.warnings.append(
+                f"{baseline.title}: its budgets do not enclose the target loss {loss:g}, so no gain is read there."
+            )
+
     def alike(self, scale: str, axis: str) -> str:
         """The first axis there on which every variant's costs are those of `axis` times a number of its own.
 
@@ -160,7 +169,7 @@ class Study:
         return means
 
 
-def load_study(results: Results, *, baseline: str, replicates: int, seed: int) -> Study:
+def load_study(results: Results, *, baseline: str, replicates: int, seed: int, targets: Sequence[float] = ()) -> Study:
     """Chooses rates and axes; the sentences of `results` and what is found here are the study's warnings.
 
     Raises:
@@ -192,7 +201,7 @@ def load_study(results: Results, *, baseline: str, replicates: int, seed: int) -
     if not scales:
         raise UserError(f"the baseline {baseline} cannot be used: {' '.join(w for w in warnings if baseline in w)}")
     curves, runs, draws = results.curves, results.runs, Resampling(replicates, seed)
-    return Study(results.name, baseline, runs, curves, scales, {**tuned, **pooled}, axes, draws, warnings)
+    return Study(results.name, baseline, runs, curves, scales, {**tuned, **pooled}, axes, draws, warnings, targets)
 
 
 def _by_size(tuned: dict[tuple[str, str], TunedVariant], runs: Iterable[dict[str, Any]]) -> list[str]:

@@ -63,10 +63,12 @@ def test_another_baseline_and_name(table, tmp_path):
 
 def test_settings_of_the_analysis_arrive(table, tmp_path):
     settings = ["power=true", "power_width=0.25", "forecast=[1e18]", "estimator=scaling_law", "replicates=100"]
+    settings += ["targets=[2.5]"]
     assert main(["gains", "data=table", f"path={table}", f"output={tmp_path}", *settings]) == 0
     gains = json.loads((tmp_path / "gains.json").read_text())
     assert gains["estimator"] == "scaling_law"
     assert gains["power"]["width"] == 0.25
+    assert any(point["target_loss"] == pytest.approx(2.5) for point in gains["gains"][0]["curve"])
     assert {forecast["baseline_compute"] for forecast in gains["forecasts"]} == {1e18}
     assert "gamma" in (tmp_path / "fits.csv").read_text()
 
@@ -147,5 +149,5 @@ def test_how_gains_are_measured_is_no_part_of_a_runs_identity():
 
 def test_both_routes_share_the_settings_of_the_analysis():
     ours, theirs = OmegaConf.structured(Config), OmegaConf.structured(ResultsConfig)
-    shared = ("estimator", "replicates", "power", "power_width", "forecast", "forecast_far", "output")
+    shared = ("estimator", "replicates", "targets", "power", "power_width", "forecast", "forecast_far", "output")
     assert {key: ours[key] for key in shared} == {key: theirs[key] for key in shared}

@@ -21,7 +21,7 @@ NO_ERROR = 0.01  # of ln CEG about its trend, where seeds do not tell
 class Estimator:
     """CEG = C_baseline(L) / C_variant(L) on seed-averaged frontiers, at each loss L that a baseline budget reached.
 
-    The last point, at the loss of the baseline's largest budget, is the gain.
+    The last point, at the loss of the baseline's largest budget, is the gain. Further losses may be asked for.
 
     The interval inverts a t-test on the loss: it holds every CEG at which the variant's loss is within t standard
     errors of the baseline's. The standard error is that of the difference in loss at the crossing (at the nearest
@@ -54,24 +54,23 @@ class Estimator:
         return Estimate({pair.variant.variant: self._gain(pair, axis, *self._shapes[place]) for pair in pairs})
 
     def _gain(self, pair: Pair, axis: str, asymptote: float, exponent: float) -> Gain:
-        baseline, variant = pair.baseline, pair.variant
-        losses = np.minimum.accumulate(baseline.losses.mean(axis=0))
-        knots = np.flatnonzero(np.diff(losses, prepend=np.inf) < 0)
-        targets, compute = losses[knots], baseline.costs[axis].mean(axis=0)[knots]
-        log_compute = np.log(compute)
-        frontier = Frontier(np.log(variant.costs[axis].mean(axis=0)), variant.losses.mean(axis=0), asymptote)
-        position, side = frontier.crossing(targets)
-        log_ceg, slope = log_compute - position, frontier.slope(position)
+        baseline, variant = (
+            Frontier(np.log(tuned.costs[axis].mean(axis=0)), tuned.losses.mean(axis=0), asymptote)
+            for tuned in (pair.baseline, pair.variant)
+        )
+        at, targets, budgets = self._targets(pair, baseline)
+        position, side = variant.crossing(targets)
+        log_ceg, slope = at - position, variant.slope(position)
         inside = (side == INSIDE) & (slope < 0)
-        gaps = self._gaps(pair, axis, knots, position - log_compute, frontier) if pair.seeds > 1 else None
-        intervals = [None] * len(knots) if gaps is None else _intervals(frontier, log_compute, targets, gaps)
-        p_values = [None] * len(knots) if gaps is None else _p_values(frontier, log_compute, targets, side, gaps)
+        gaps = self._gaps(pair, axis, baseline, at, position - at) if pair.seeds > 1 else None
+        intervals = [None] * len(at) if gaps is None else _intervals(variant, at, targets, gaps)
+        p_values = [None] * len(at) if gaps is None else _p_values(variant, at, targets, side, gaps)
         # A gap in loss is a change of ln CEG along the tangent at the crossing.
-        tangent = np.where(inside, slope, -np.inf)
-        spread = None if gaps is None else Spread(gaps.deviations / tangent, gaps.freedom)
+        spread = None if gaps is None else Spread(gaps.deviations / np.where(inside, slope, -np.inf), gaps.freedom)
+        computes = np.where(budgets < 0, np.exp(at), pair.baseline.costs[axis].mean(axis=0)[budgets])
         points = [
             Point(
-                baseline_compute=float(compute[j]),
+                baseline_compute=float(computes[j]),
                 target_loss=float(targets[j]),
                 ceg=float(np.exp(log_ceg[j])) if side[j] == INSIDE else None,
                 lower_bound=float(np.exp(log_ceg[j])) if side[j] == BEFORE_FIRST else None,
@@ -81,27 +80,51 @@ class Estimator:
                 spread=None if spread is None or not inside[j] else spread.at(j),
                 evaluation_error=evaluation_error(pair, float(slope[j])) if inside[j] else None,
             )
-            for j in range(len(knots))
+            for j in range(len(at))
         ]
         kinds = np.select([side == NOT_REACHED, side == BEFORE_FIRST], [AT_MOST, AT_LEAST], EXACT).astype(np.int8)
-        scales = [baseline.scales[knot] for knot in knots]
-        trend = _trend(log_compute, log_ceg, kinds, spread, self.study.resampling, scales)
+        trained = np.flatnonzero(budgets >= 0)  # what lies between budgets adds nothing to the trend
+        scales = [pair.baseline.scales[budget] for budget in budgets[trained]]
+        own = None if spread is None else spread.at(trained)
+        trend = _trend(at[trained], log_ceg[trained], kinds[trained], own, self.study.resampling, scales)
         return Gain(pair, points, trend, exponent)
 
-    def _gaps(
-        self, pair: Pair, axis: str, knots: NDArray[np.intp], offset: NDArray[np.float64], frontier: Frontier
-    ) -> Spread:
-        """Of the variant's loss less the baseline's (knots,), at the log ratio of computes `offset` (knots,).
+    def _targets(
+        self, pair: Pair, baseline: Frontier
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.intp]]:
+        """Log computes of the baseline (J,), ascending, the losses there (J,), and which budget each is, or -1.
 
-        Both move with the replicate, and so does compute where it is measured.
+        At every budget where the baseline improved, and at each loss that was asked for and lies between them.
         """
-        baseline, variant = pair.baseline, pair.variant
-        base_compute = np.log(self.study.resample(baseline, baseline.costs[axis]))[:, knots]
-        base_loss = np.minimum.accumulate(self.study.resample(baseline, baseline.losses), axis=-1)[:, knots]
-        compute = np.log(self.study.resample(variant, variant.costs[axis]))
-        moved = Frontier(compute, self.study.resample(variant, variant.losses), frontier.asymptote)
-        at = base_compute + offset
-        return pair.spread(base_loss - base_loss.mean(axis=0), moved.loss(at) - moved.loss(at).mean(axis=0))
+        knots = np.flatnonzero(np.diff(baseline.losses, prepend=np.inf) < 0)
+        asked = np.array([loss for loss in self.study.targets if loss not in baseline.losses])
+        at, side = baseline.crossing(asked)
+        self.study.warn_of_targets(pair.baseline, asked[side != INSIDE])
+        found = np.append(baseline.x[knots], at[side == INSIDE])
+        losses = np.append(baseline.losses[knots], asked[side == INSIDE])
+        budgets = np.append(knots, np.full((side == INSIDE).sum(), -1))
+        order = np.argsort(found)
+        return found[order], losses[order], budgets[order]
+
+    def _gaps(
+        self, pair: Pair, axis: str, baseline: Frontier, at: NDArray[np.float64], offset: NDArray[np.float64]
+    ) -> Spread:
+        """Of the variant's loss less the baseline's, where these spend `at` + `offset` and `at` (J,), logarithms.
+
+        Losses move with the replicate, and so does compute where it is measured.
+        """
+        moved = [
+            Frontier(
+                np.log(self.study.resample(tuned, tuned.costs[axis])),
+                self.study.resample(tuned, tuned.losses),
+                baseline.asymptote,
+            )
+            for tuned in (pair.baseline, pair.variant)
+        ]
+        between = np.stack([np.interp(at, baseline.x, knot) for knot in np.eye(len(baseline.x))])
+        moved_at = at + (moved[0].x - baseline.x) @ between
+        losses = [moved[0].loss(moved_at), moved[1].loss(moved_at + offset)]
+        return pair.spread(*(loss - loss.mean(axis=0) for loss in losses))
 
 
 def shape(variants: list[TunedVariant], axis: str) -> tuple[float, float]:

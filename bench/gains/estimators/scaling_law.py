@@ -99,12 +99,25 @@ class Estimator:
 
     def _gain(self, pair: Pair, place: int, law: PowerLaws, fit: FittedLaw, axis: str) -> Gain:
         """The gain of the variant at `place` among the law's, where 0 is the baseline."""
-        computes = pair.baseline.costs[axis].mean(axis=0)
+        trained = pair.baseline.costs[axis].mean(axis=0)
+        computes = np.unique(np.append(trained, self._computes_at_targets(pair, law, fit, trained)))
         line, moved = law.line(fit.parameters, place), law.line(fit.replicates, place)
         spread = fit.spread_of_pair(pair, self.study.resampling, line, moved)
         trend = Trend(float(law.observations.centres[0]), *map(float, line), spread)
         points = [self._point(pair, place, law, fit, trend, axis, compute) for compute in computes]
         return Gain(pair, points, trend, float(law.split(fit.parameters)[2][0]))
+
+    def _computes_at_targets(
+        self, pair: Pair, law: PowerLaws, fit: FittedLaw, trained: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """What the baseline needs, by its law, for the losses asked for, without those outside what was trained."""
+        log_asymptote, multipliers, exponents = law.split(fit.parameters)
+        above = np.array(self.study.targets) - np.exp(log_asymptote)
+        log_above = np.log(above, out=np.full(above.shape, -np.inf), where=above > 0)
+        computes = np.exp(law.observations.centres[0] + (multipliers[0] - log_above) / exponents[0])
+        inside = (trained.min() < computes) & (computes < trained.max())
+        self.study.warn_of_targets(pair.baseline, np.array(self.study.targets)[~inside])
+        return computes[inside]
 
     def _point(
         self, pair: Pair, place: int, law: PowerLaws, fit: FittedLaw, trend: Trend, axis: str, compute: float

@@ -360,3 +360,34 @@ def test_an_unknown_estimator_lists_those_there_are(study_folder):
     listed = "crossing, loss_surface, scaling_law, steps_to_target"
     with pytest.raises(UserError, match=f"estimator=magic is unknown: choose one of {listed}"):
         compute(study_folder, estimator="magic")
+
+
+@pytest.mark.parametrize("estimator", ["crossing", "scaling_law"])
+def test_gains_are_read_at_the_losses_asked_for(make_results, estimator):
+    # Power laws of two exponents: the gain is another at every loss, and known.
+    budgets = 1e15 * 4.0 ** np.arange(5)
+    generator = np.random.default_rng(0)
+    clean = {
+        "baseline": 1.8 + 1.2 * (budgets / 1e15) ** -0.16,
+        "rope": 1.8 + 1.2 * (1.5 * budgets / 1e15) ** -0.18,
+    }
+    losses = {variant: loss + generator.normal(0, 1e-4, (3, 5)) for variant, loss in clean.items()}
+    results = make_results({"small": losses}, budgets)
+    asked = [2.75, 2.5, 1.9, 9.0, 1.0]
+    plain = compute_from(results, estimator=estimator)
+    gains = compute_from(results, estimator=estimator, targets=asked)
+    (curve,) = (gain["curve"] for gain in gains["gains"])
+    assert [point["baseline_compute"] for point in curve] == sorted(point["baseline_compute"] for point in curve)
+    for loss in asked[:2]:
+        (point,) = [point for point in curve if point["target_loss"] == pytest.approx(loss, abs=1e-9)]
+        baseline = ((loss - 1.8) / 1.2) ** (-1 / 0.16)
+        variant = ((loss - 1.8) / 1.2) ** (-1 / 0.18) / 1.5
+        assert point["baseline_compute"] == pytest.approx(1e15 * baseline, rel=0.01)
+        assert point["ceg"] == pytest.approx(baseline / variant, rel=0.01)
+        assert point["interval"][0] < baseline / variant < point["interval"][1]
+    for loss in asked[2:]:
+        sentence = f"baseline at small: its budgets do not enclose the target loss {loss:g}, so no gain is read there."
+        assert sentence in gains["warnings"]
+    # Neither the headline nor the trend rests on what was asked.
+    assert [point for point in curve if point in plain["gains"][0]["curve"]] == plain["gains"][0]["curve"]
+    assert gains["classes"] == plain["classes"]
