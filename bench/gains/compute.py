@@ -50,8 +50,10 @@ def compute_gains(
         The contents of gains.json; README.md has the formulas. Numbers are finite; what is not known is None.
 
     Raises:
-        UserError: nothing can be computed.
+        UserError: nothing can be computed, or an option is out of range.
     """
+    if power_width is not None and not power_width > 0:
+        raise UserError(f"power_width must be above 0, such as 0.1; it is {power_width:g}")
     chosen = find_estimator(estimator)
     study = load_study(results, baseline=baseline, replicates=replicates, seed=seed, targets=targets)
     method = chosen(study)
@@ -133,6 +135,8 @@ def _classes(estimates: Estimates, scales: Sequence[str], axis: str) -> dict[str
     trends = {variant: largest[variant].trend if variant in largest else None for variant in variants}
     found = classify(points, trends, scales[0], scales[-1])
     correction = f"p-values are adjusted by Holm's method over the {len(variants)} variants, for each test by itself."
+    if len(variants) < 2:
+        correction = "p-values need no adjustment, as one variant was tested."
     return {"classes": [{"axis": axis, **entry} for entry in found], "correction": correction}
 
 

@@ -203,7 +203,8 @@ def describe(
         values[name] = float(of(fit.parameters))
         spread = fit.spread(units, np.array(values[name]), of(fit.replicates))
         margin = None if spread is None else float(spread.margin(LEVELS[0]))
-        intervals[name] = None if margin is None else [max(values[name] - margin, 0.0), values[name] + margin]
+        lowest = min(values[name], 0.0)  # none of them is below 0, but for the exponent of a law that rises
+        intervals[name] = None if margin is None else [max(values[name] - margin, lowest), values[name] + margin]
     return {
         "law": law.name,
         "parameters": values,

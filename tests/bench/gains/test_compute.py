@@ -391,3 +391,13 @@ def test_gains_are_read_at_the_losses_asked_for(make_results, estimator):
     # Neither the headline nor the trend rests on what was asked.
     assert [point for point in curve if point in plain["gains"][0]["curve"]] == plain["gains"][0]["curve"]
     assert gains["classes"] == plain["classes"]
+
+
+def test_a_power_of_no_width(make_results):
+    with pytest.raises(UserError, match="power_width must be above 0, such as 0.1; it is -2"):
+        compute_from(make_results({"small": {"baseline": law(1), "rope": law(2)}}), power_width=-2.0)
+
+
+def test_one_variant_needs_no_correction(make_results):
+    gains = compute_from(make_results({"small": {"baseline": law(1), "rope": law(2)}}))
+    assert gains["correction"] == "p-values need no adjustment, as one variant was tested."
