@@ -394,7 +394,7 @@ def test_gains_are_read_at_the_losses_asked_for(make_results, estimator):
 
 
 def test_a_power_of_no_width(make_results):
-    with pytest.raises(UserError, match="power_width must be above 0, such as 0.1; it is -2"):
+    with pytest.raises(UserError, match=r"power_width must be above 0, such as 0.1; it is -2"):
         compute_from(make_results({"small": {"baseline": law(1), "rope": law(2)}}), power_width=-2.0)
 
 
