@@ -7,9 +7,9 @@ chance of one false verdict is that of one test.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.gains.estimators import Interval, Point
+from bench.gains.estimators import Gain, Interval, Point
 from bench.gains.resampling import LEVELS, Spread, holm
-from bench.gains.trend import Trend, slope_of
+from bench.gains.trend import slope_of
 
 INVARIANT = 0.1  # |slope| up to which a gain counts as scale-invariant: 26 % per tenfold compute
 SIGNIFICANT = 0.05
@@ -29,63 +29,58 @@ def _direction(point: Point) -> int:
     return 1 if point.lower_bound is not None else -1
 
 
-def classify(
-    smallest: Mapping[str, Point | None], trends: Mapping[str, Trend | None], scale: str, trend_scale: str
-) -> list[dict[str, Any]]:
+def classify(smallest: Mapping[str, Gain], last: Mapping[str, Gain]) -> list[dict[str, Any]]:
     """Sign and slope of every innovation.
 
     Args:
-        smallest: variant -> its last point at the smallest scale, None where it has none.
-        trends: variant -> how its gain moves at `trend_scale`.
+        smallest: variant -> its gain at the smallest scale where it has one.
+        last: variant -> its gain at the last scale, all of them pooled, where it has one.
 
     Returns:
         The `classes` of gains.json, without `axis`.
     """
     variants = list(smallest)
-    signs = _signs([smallest[variant] for variant in variants], scale)
-    slopes = _slopes([trends.get(variant) for variant in variants], trend_scale)
+    signs = _signs([smallest[variant] for variant in variants])
+    slopes = _slopes([last[variant] for variant in variants])
     return [
         {"variant": variant, "sign": sign, "slope": slope}
         for variant, sign, slope in zip(variants, signs, slopes, strict=True)
     ]
 
 
-def _signs(points: Sequence[Point | None], scale: str) -> list[dict[str, Any]]:
+def _signs(gains: Sequence[Gain]) -> list[dict[str, Any]]:
     """The paper's test of compute-independence: is the CEG above 1 at the smallest scale?
 
     "independent" when it is, "dependent" when it is below, "inconclusive" when the test does not say.
     """
-    adjusted = holm([None if point is None else point.p_value for point in points])
+    points = [gain.points[-1] for gain in gains]
     found = []
-    for point, p_adjusted in zip(points, adjusted, strict=True):
-        clear = point is not None and p_adjusted is not None and p_adjusted < SIGNIFICANT
-        verdict = {1: "independent", -1: "dependent"}[_direction(point)] if clear else "inconclusive"
-        intervals = None if point is None else point.intervals
+    for gain, point, p_adjusted in zip(gains, points, holm([point.p_value for point in points]), strict=True):
+        clear = p_adjusted is not None and p_adjusted < SIGNIFICANT
         found.append(
             {
-                "verdict": verdict,
-                **interval_entries(intervals),
-                "p_value": None if point is None else point.p_value,
+                "verdict": {1: "independent", -1: "dependent"}[_direction(point)] if clear else "inconclusive",
+                **interval_entries(point.intervals),
+                "p_value": point.p_value,
                 "p_adjusted": p_adjusted,
-                "scale": scale,
+                "scale": gain.pair.variant.scale,
             }
         )
     return found
 
 
-def _slopes(trends: Sequence[Trend | None], scale: str) -> list[dict[str, Any]]:
+def _slopes(gains: Sequence[Gain]) -> list[dict[str, Any]]:
     """d ln CEG / d ln C, C the variant's compute: zero is the hypothesis that gamma_variant = gamma_baseline.
 
     "compute-dependent" where zero is rejected upwards, "fading" where downwards; else "scale-invariant" where slopes of
     `INVARIANT` and more, either way, are rejected (two one-sided tests), else "inconclusive".
     """
-    spreads = [None if trend is None else trend.gradient_spread for trend in trends]
-    known = [(trend, spread) for trend, spread in zip(trends, spreads, strict=True)]
+    known = [(gain.trend, None if gain.trend is None else gain.trend.gradient_spread) for gain in gains]
     p_values = [None if spread is None else float(spread.p_value(trend.gradient)) for trend, spread in known]
     differs = holm(p_values)
     equal = holm([None if spread is None else _equivalence(trend.gradient, spread) for trend, spread in known])
     found = []
-    for (trend, spread), p_value, p_differs, p_equal in zip(known, p_values, differs, equal, strict=True):
+    for gain, (trend, spread), p_value, p_differs, p_equal in zip(gains, known, p_values, differs, equal, strict=True):
         verdict = "inconclusive"
         if p_differs is not None and p_differs < SIGNIFICANT:
             verdict = "compute-dependent" if trend.gradient > 0 else "fading"
@@ -99,7 +94,7 @@ def _slopes(trends: Sequence[Trend | None], scale: str) -> list[dict[str, Any]]:
                 **interval_entries(intervals),
                 "p_value": p_value,
                 "p_adjusted": p_differs,
-                "scale": scale,
+                "scale": gain.pair.variant.scale,
             }
         )
     return found

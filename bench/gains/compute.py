@@ -1,6 +1,6 @@
 """From finished results to the contents of gains.json."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,7 +14,7 @@ from bench.gains.interactions import contributions, interactions
 from bench.gains.power import power
 from bench.gains.resampling import LEVELS
 from bench.gains.sources import Results
-from bench.gains.study import ALL_SCALES, Study, load_study
+from bench.gains.study import ALL_SCALES, UNMEASURED, Study, load_study
 from bench.gains.tuning import TunedVariant
 
 SCHEMA = 2
@@ -52,18 +52,20 @@ def compute_gains(
     Raises:
         UserError: nothing can be computed, or an option is out of range.
     """
-    if power_width is not None and not power_width > 0:
-        raise UserError(f"power_width must be above 0, such as 0.1; it is {power_width:g}")
+    _check_numbers("targets", targets, "losses, such as 3.2")
+    _check_numbers("forecast", forecast, "computes, such as 1e18")
+    _check_numbers("power_width", [] if power_width is None else [power_width], "above 0, such as 0.1")
     chosen = find_estimator(estimator)
     study = load_study(results, baseline=baseline, replicates=replicates, seed=seed, targets=targets)
     method = chosen(study)
     estimates = {(scale, axis): method.estimate(scale, axis) for scale in method.scales for axis in method.axes}
     if not any(estimate.gains or estimate.fits for estimate in estimates.values()):
-        alone = results.results["variant"].n_unique() == 1
-        why = "it is the only variant with results." if alone else " ".join(dict.fromkeys(study.warnings))
-        raise UserError(f"no variant can be compared with {baseline}: {why}")
+        alone = ["it is the only variant with results."] if results.results["variant"].n_unique() == 1 else []
+        reasons = [warning for warning in study.warnings if not warning.startswith(UNMEASURED)]
+        raise UserError(f"no variant can be compared with {baseline}: {' '.join([*alone, *summarise(reasons)])}")
     axis = next(axis for _, axis in estimates)
-    told = estimates[method.scales[-1], axis].gains
+    # A variant's trend is that at its last scale: all of them pooled, where it has several.
+    told = {variant: gain for scale in method.scales for variant, gain in estimates[scale, axis].gains.items()}
     found = {
         "schema": SCHEMA,
         "study": study.name,
@@ -73,12 +75,12 @@ def compute_gains(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "caveats": list(method.caveats),
         "gains": [entry for (_, on), estimate in estimates.items() for entry in _gains(estimate.gains, on)],
-        **_classes(estimates, method.scales, axis),
+        **_classes([estimates[scale, axis].gains for scale in method.scales], axis),
         "interactions": _placed(estimates, interactions),
         "contributions": _placed(estimates, contributions),
         "fits": [fit for estimate in estimates.values() for fit in estimate.fits],
         "forecasts": [
-            {"scale": method.scales[-1], "axis": axis, **entry}
+            {"scale": told[entry["variant"]].pair.variant.scale, "axis": axis, **entry}
             for entry in forecasts(told, forecast, far=forecast_far, warnings=study.warnings)
         ],
         "power": None if power_width is None else _power(study, estimates, axis, power_width),
@@ -92,6 +94,12 @@ def compute_gains(
         "runs": study.runs,
     }
     return {**found, "warnings": summarise(study.warnings)}
+
+
+def _check_numbers(option: str, values: Sequence[float], what: str) -> None:
+    for value in values:
+        if not 0 < value < np.inf:
+            raise UserError(f"{option} must be {what}; it is {value:g}")
 
 
 def _gains(gains: dict[str, Gain], axis: str) -> list[dict[str, Any]]:
@@ -127,13 +135,16 @@ def _point(point: Point) -> dict[str, Any]:
     }
 
 
-def _classes(estimates: Estimates, scales: Sequence[str], axis: str) -> dict[str, Any]:
-    """Entries `classes` and `correction`: the sign at the smallest scale, the slope over all of them where pooled."""
-    smallest, largest = (estimates[scale, axis].gains for scale in (scales[0], scales[-1]))
-    variants = sorted({variant for scale in scales for variant in estimates[scale, axis].gains})
-    points = {variant: smallest[variant].points[-1] if variant in smallest else None for variant in variants}
-    trends = {variant: largest[variant].trend if variant in largest else None for variant in variants}
-    found = classify(points, trends, scales[0], scales[-1])
+def _classes(gains: Sequence[Mapping[str, Gain]], axis: str) -> dict[str, Any]:
+    """Entries `classes` and `correction`: the sign at a variant's smallest scale, the slope at its last.
+
+    Args:
+        gains: at each scale, smallest first and all of them pooled last.
+    """
+    smallest = {variant: gain for at_scale in reversed(gains) for variant, gain in at_scale.items()}
+    last = {variant: gain for at_scale in gains for variant, gain in at_scale.items()}
+    variants = sorted(smallest)
+    found = classify({variant: smallest[variant] for variant in variants}, last)
     correction = f"p-values are adjusted by Holm's method over the {len(variants)} variants, for each test by itself."
     if len(variants) < 2:
         correction = "p-values need no adjustment, as one variant was tested."
@@ -157,7 +168,13 @@ def _power(study: Study, estimates: Estimates, axis: str, width: float) -> dict[
                 variant: _trajectory_cost(study, study.tuned[scale, variant], axis)
                 for variant in (study.baseline, *estimate.gains)
             }
-            entries += power(estimate.gains, scale, axis, width, costs)
+            seeds = {variant: len(study.tuned[scale, variant].seeds) for variant in costs}
+            entries += power(estimate.gains, scale, axis, width, costs, seeds)
+            study.warnings.extend(
+                f"{gain.pair.variant.title}: no seeds needed are told, as the noise of its gain is not known."
+                for gain in estimate.gains.values()
+                if gain.points[-1].spread is None
+            )
     return {"level": LEVELS[0], "width": width, "entries": entries}
 
 

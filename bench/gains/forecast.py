@@ -10,6 +10,7 @@ from bench.gains.estimators import Gain, ratio_intervals
 from bench.gains.resampling import Spread
 
 DECADES = 2.0  # beyond the data, unless more is asked for
+MOST_DECADES = 12.0  # whatever is asked for
 
 
 def forecasts(
@@ -34,6 +35,9 @@ def forecasts(
                 warnings.append(f"no forecast at {compute:.3g}: it is not beyond the data; see the curve of gains.")
                 continue
             decades = float(np.log10(compute / last.baseline_compute))
+            if decades > MOST_DECADES:
+                warnings.append(f"no forecast at {compute:.3g}: it lies {decades:.0f} decades beyond the data.")
+                continue
             if decades > DECADES and not far:
                 warnings.append(
                     f"no forecast at {compute:.3g}: it lies {decades:.1f} decades of compute beyond the data "

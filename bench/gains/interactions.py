@@ -136,9 +136,9 @@ def _shapley(innovation: str, added: Innovations) -> dict[Innovations, float]:
 
 def _by_innovations(gains: Mapping[str, Gain]) -> dict[Innovations, tuple[str, LogGain]]:
     """{innovations beyond the baseline's: (variant, ln CEG)}, of variants that have all the baseline's."""
-    found = {}
+    found: dict[Innovations, list[tuple[str, LogGain]]] = {}
     for variant, gain in gains.items():
         own, base = frozenset(gain.pair.variant.innovations), frozenset(gain.pair.baseline.innovations)
         if base < own:
-            found[own - base] = variant, LogGain.of(gain)
-    return found
+            found.setdefault(own - base, []).append((variant, LogGain.of(gain)))
+    return {added: variants[0] for added, variants in found.items() if len(variants) == 1}

@@ -21,6 +21,7 @@ EXPONENTS = (0.05, 0.1, 0.2, 0.4, 0.8)
 # budgets is a median, which jumps from one budget to the next as seeds are resampled, and intervals come out too wide.
 ROBUST = 3.0
 SIGNIFICANT = 0.05
+NEGLIGIBLE = 1e-4  # of ln L: a law that misses by less holds for any purpose
 ENOUGH = 0.95  # of the replicates must converge for an interval to be trusted
 
 
@@ -146,7 +147,8 @@ def excess(residuals: NDArray[np.float64], parameters: int, noise: float) -> flo
     variance = (residuals**2).sum() / freedom
     # Seeds are so few that their variance is uncertain too; as many degrees of freedom as residuals have is cautious.
     beyond = stats.f.sf(variance / noise**2, freedom, len(residuals)) < SIGNIFICANT
-    return float(np.sqrt(variance - noise**2)) if beyond else 0.0
+    found = float(np.sqrt(variance - noise**2)) if beyond else 0.0
+    return found if found > NEGLIGIBLE else 0.0
 
 
 def noise_of_means(variants: Sequence[TunedVariant]) -> float:

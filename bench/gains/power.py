@@ -29,12 +29,18 @@ def seeds_needed(deviation: float, width: float, level: float = LEVELS[0]) -> in
 
 
 def power(
-    gains: Mapping[str, Gain], scale: str, axis: str, width: float, costs: Mapping[str, float]
+    gains: Mapping[str, Gain],
+    scale: str,
+    axis: str,
+    width: float,
+    costs: Mapping[str, float],
+    trained: Mapping[str, int],
 ) -> list[dict[str, Any]]:
     """Entries of gains.json's `power` for the variants at one scale, those whose noise is known.
 
     Args:
         costs: variant -> what a trajectory of it costs on `axis`, all its budgets included; the baseline as well.
+        trained: variant -> its seeds; the baseline as well.
     """
     entries = []
     for variant, gain in gains.items():
@@ -44,7 +50,8 @@ def power(
         deviation = float(spread.error) * np.sqrt(seeds)
         limit = deviation * np.sqrt(spread.freedom / stats.chi2.ppf(1 - CAUTION, spread.freedom))
         needed = seeds_needed(deviation, width)
-        extra = None if needed is None else max(needed - seeds, 0)
+        both = (variant, gain.pair.baseline.variant)
+        extra = None if needed is None else sum(max(needed - trained[name], 0) * costs[name] for name in both)
         entries.append(
             {
                 "scale": scale,
@@ -54,7 +61,7 @@ def power(
                 "seed_sd": deviation,
                 "seeds_needed": needed,
                 "seeds_cautious": seeds_needed(float(limit), width),
-                "cost": None if extra is None else extra * (costs[variant] + costs[gain.pair.baseline.variant]),
+                "cost": extra,
             }
         )
     return entries

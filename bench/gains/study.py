@@ -25,6 +25,8 @@ AXES = (
     "tokens",
 )
 MEASURED_AXES = ("seconds", "joules", "dollars")  # depend on the device; the others are counted
+UNMEASURED = "Not measured in these runs: "
+LONGEST = 200  # characters of names in one sentence
 ALL_SCALES = "all scales"  # the pseudo-scale at which the budgets of all scales are pooled
 
 
@@ -182,7 +184,10 @@ def load_study(results: Results, *, baseline: str, replicates: int, seed: int, t
         raise UserError(f"{results.name} has no finished trajectory: train the study first")
     if baseline not in table["variant"]:
         variants = ", ".join(sorted(set(table["variant"])))
-        raise UserError(f"the baseline {baseline} has no finished trajectory in {results.name}; there are {variants}")
+        found = f"there are {variants}." if len(variants) < LONGEST else f"there are {variants[:LONGEST]} and more."
+        raise UserError(
+            f"the baseline {baseline} has no finished trajectory in {results.name}; {found} {' '.join(warnings[:3])}"
+        )
     axes = _measured_axes(table, results.runs, warnings)
     tuned: dict[tuple[str, str], TunedVariant] = {}
     for (scale, variant), rows in table.group_by("scale", "variant", maintain_order=True):
@@ -194,6 +199,7 @@ def load_study(results: Results, *, baseline: str, replicates: int, seed: int, t
     if not any(variant == baseline for _, variant in tuned):
         why = " ".join(warning for warning in warnings if warning.startswith(baseline))
         raise UserError(f"the baseline {baseline} cannot be used: {why}")
+    _warn_of_twins(tuned.values(), warnings)
     scales = _by_size(tuned, results.runs)
     pooled = _pool_scales(tuned, scales, warnings)
     _drop_without_curve(tuned, pooled, baseline, warnings)
@@ -202,6 +208,17 @@ def load_study(results: Results, *, baseline: str, replicates: int, seed: int, t
         raise UserError(f"the baseline {baseline} cannot be used: {' '.join(w for w in warnings if baseline in w)}")
     curves, runs, draws = results.curves, results.runs, Resampling(replicates, seed)
     return Study(results.name, baseline, runs, curves, scales, {**tuned, **pooled}, axes, draws, warnings, targets)
+
+
+def _warn_of_twins(tuned: Iterable[TunedVariant], warnings: list[str]) -> None:
+    names: dict[frozenset[str], set[str]] = {}
+    for found in tuned:
+        names.setdefault(frozenset(found.innovations), set()).add(found.variant)
+    for twins in names.values():
+        if len(twins) > 1:
+            warnings.append(
+                f"{' and '.join(sorted(twins))} are the same innovations: none of their combinations is told."
+            )
 
 
 def _by_size(tuned: dict[tuple[str, str], TunedVariant], runs: Iterable[dict[str, Any]]) -> list[str]:
@@ -284,7 +301,7 @@ def _measured_axes(results: pl.DataFrame, runs: list[dict[str, Any]], warnings: 
                 f"The axis {axis} is left out: {(~good).sum()} of {len(good)} results have no number above 0 there."
             )
     if unmeasured:
-        warnings.append(f"Not measured in these runs: {', '.join(unmeasured)}.")
+        warnings.append(f"{UNMEASURED}{', '.join(unmeasured)}.")
     if not axes:
         raise UserError("no cost axis has a number above 0 in every result: nothing to measure gains in")
     devices = sorted({str(run["device"]) for run in runs if run["state"] == "done"})

@@ -8,7 +8,7 @@ from bench.gains.fitting import minimise
 from bench.gains.frontier import BEFORE_FIRST, INSIDE, NOT_REACHED, Frontier
 from bench.gains.laws import Observations, PowerLaws
 from bench.gains.resampling import LEVELS, Resampling, Spread
-from bench.gains.study import Pair, Study
+from bench.gains.study import ALL_SCALES, Pair, Study
 from bench.gains.trend import AT_LEAST, AT_MOST, EXACT, Trend, censored_line
 from bench.gains.tuning import STEP_ROUNDING, TunedVariant
 
@@ -48,6 +48,11 @@ class Estimator:
         pairs = self.study.comparisons(scale, axis)
         if not pairs:
             return Estimate()
+        if scale == ALL_SCALES:
+            self.study.warnings.append(
+                f"{ALL_SCALES}: crossing reads gains between budgets of models of different sizes; where these are far "
+                "apart that moves gains by more than intervals say. Compare with estimator=loss_surface."
+            )
         place = scale, self.study.alike(scale, axis)
         if place not in self._shapes:
             self._shapes[place] = shape([pairs[0].baseline, *(pair.variant for pair in pairs)], axis)

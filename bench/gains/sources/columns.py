@@ -25,6 +25,7 @@ COMPUTE_AXES = (
 KEY = ("variant", "scale", "seed", "lr", "budget")
 LR_NOT_GIVEN = 0.0
 LARGEST_SEED = 2.0**53  # floats tell whole numbers apart up to here
+NO_LOSS = 1e6  # nats: what is above comes of something that overflowed
 SAME_BUDGET = 0.01  # relative difference in compute below which two results are of one budget
 SHARED_BUDGET = 0.05  # the same between variants, whose steps may cost a little more or less
 OTHER_UNITS = 1000.0  # ratio of computes from which they are in different units
@@ -158,7 +159,7 @@ def _positive(name: str) -> pl.Expr:
 def _without_bad_numbers(table: pl.DataFrame, compute: str, warnings: list[str]) -> pl.DataFrame:
     loss, seed, lr, budget = (pl.col(name) for name in ("loss", "seed", "lr", "budget"))
     bad = {
-        "no loss above 0": ~(loss.is_finite() & (loss > 0)).fill_null(False),
+        "no loss above 0": ~(loss.is_finite() & (loss > 0) & (loss < NO_LOSS)).fill_null(False),
         f"no {'flops' if compute == 'model_flops' else compute} above 0": pl.col(compute).is_null(),
         "a seed that is no whole number": ~((seed == seed.round()) & (seed.abs() <= LARGEST_SEED)),
         "an lr that is no number": ~(lr.is_finite() & (lr >= 0)),
@@ -317,7 +318,7 @@ def _fill_runs(table: pl.DataFrame) -> pl.DataFrame:
 
 
 def _innovations(variant: str) -> list[str]:
-    return [] if variant == BASELINE else sorted(part.strip() for part in variant.split("+"))
+    return [] if variant == BASELINE else sorted({part.strip() for part in variant.split("+")} - {""})
 
 
 def _in_schema(table: pl.DataFrame, schema: dict[str, Any]) -> pl.DataFrame:

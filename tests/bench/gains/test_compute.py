@@ -393,9 +393,42 @@ def test_gains_are_read_at_the_losses_asked_for(make_results, estimator):
     assert gains["classes"] == plain["classes"]
 
 
-def test_a_power_of_no_width(make_results):
-    with pytest.raises(UserError, match=r"power_width must be above 0, such as 0.1; it is -2"):
-        compute_from(make_results({"small": {"baseline": law(1), "rope": law(2)}}), power_width=-2.0)
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"power_width": -2.0}, "power_width must be above 0, such as 0.1; it is -2"),
+        ({"power_width": math.inf}, "power_width must be above 0"),
+        ({"targets": [math.nan]}, "targets must be losses, such as 3.2; it is nan"),
+        ({"targets": [2.0, 0.0]}, "targets must be losses"),
+        ({"forecast": [math.inf]}, "forecast must be computes, such as 1e18; it is inf"),
+        ({"forecast": [-1.0]}, "forecast must be computes"),
+    ],
+)
+def test_numbers_that_cannot_be_meant(make_results, options, sentence):
+    with pytest.raises(UserError, match=sentence):
+        compute_from(make_results({"small": {"baseline": law(1), "rope": law(2)}}), **options)
+
+
+def test_a_variant_is_classed_where_it_was_trained(make_results):
+    # One variant at each of two scales: neither is inconclusive because the other's scale is the smallest.
+    generator = np.random.default_rng(0)
+
+    def losses(gain):
+        return law(gain) + generator.normal(0, 0.002, (3, 4))
+
+    scales = {"a": {"baseline": losses(1), "rope": losses(2)}, "b": {"baseline": losses(1), "mqa": losses(0.5)}}
+    gains = compute_from(make_results(scales), forecast=[1e15])
+    for variant, scale, verdict in (("rope", "a", "independent"), ("mqa", "b", "dependent")):
+        sign = only(gains["classes"], variant=variant)["sign"]
+        assert (sign["scale"], sign["verdict"]) == (scale, verdict)
+    assert {(entry["scale"], entry["variant"]) for entry in gains["forecasts"]} == {("a", "rope"), ("b", "mqa")}
+
+
+def test_two_names_for_the_same_innovations_are_no_combination(make_results):
+    variants = {"baseline": law(1), "a": law(1.5), "b": law(2), "a+b": law(3), "b+a": law(2.5)}
+    gains = compute_from(make_results({"small": variants}))
+    assert gains["interactions"] == []
+    assert "a+b and b+a are the same innovations: none of their combinations is told." in gains["warnings"]
 
 
 def test_one_variant_needs_no_correction(make_results):

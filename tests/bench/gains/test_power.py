@@ -52,9 +52,12 @@ def gain(make_study, seeds, error, freedom=None):
     return {"rope": Gain(pair, [Point(64e12, 2.2, 2.0, spread=spread)])}
 
 
+FOUR = {"baseline": 4, "rope": 4}
+
+
 def test_what_is_told_of_a_variant(make_study):
     # A standard error of 0.05 from 4 seeds is an SD of 0.1.
-    (entry,) = power(gain(make_study, 4, 0.05), "tiny", "model_flops", 0.1, {"baseline": 3e12, "rope": 5e12})
+    (entry,) = power(gain(make_study, 4, 0.05), "tiny", "model_flops", 0.1, {"baseline": 3e12, "rope": 5e12}, FOUR)
     assert (entry["scale"], entry["variant"], entry["axis"], entry["seeds"]) == ("tiny", "rope", "model_flops", 4)
     assert entry["seed_sd"] == pytest.approx(0.1)
     assert entry["seeds_needed"] == seeds_needed(0.1, 0.1) == 7
@@ -63,18 +66,25 @@ def test_what_is_told_of_a_variant(make_study):
     assert entry["seeds_cautious"] == seeds_needed(0.1 * np.sqrt(3 / 1.0052), 0.1)
 
 
+def test_seeds_that_the_baseline_has_are_not_paid_for_again(make_study):
+    costs, trained = {"baseline": 3e12, "rope": 5e12}, {"baseline": 6, "rope": 4}
+    (entry,) = power(gain(make_study, 4, 0.05), "tiny", "model_flops", 0.1, costs, trained)
+    assert entry["seeds_needed"] == 7
+    assert entry["cost"] == 1 * 3e12 + 3 * 5e12
+
+
 def test_what_is_trained_already_costs_nothing(make_study):
-    (entry,) = power(gain(make_study, 4, 0.001), "tiny", "model_flops", 0.1, {"baseline": 3e12, "rope": 5e12})
+    (entry,) = power(gain(make_study, 4, 0.001), "tiny", "model_flops", 0.1, {"baseline": 3e12, "rope": 5e12}, FOUR)
     assert (entry["seeds_needed"], entry["cost"]) == (2, 0)
 
 
 def test_more_than_can_be_trained_has_no_cost(make_study):
-    (entry,) = power(gain(make_study, 2, 9.0), "tiny", "model_flops", 0.01, {"baseline": 1.0, "rope": 1.0})
+    (entry,) = power(gain(make_study, 2, 9.0), "tiny", "model_flops", 0.01, {"baseline": 1.0, "rope": 1.0}, FOUR)
     assert (entry["seeds_needed"], entry["seeds_cautious"], entry["cost"]) == (None, None, None)
 
 
 def test_where_the_noise_is_not_known_nothing_is_told(make_study):
-    assert power(gain(make_study, 2, None), "tiny", "model_flops", 0.1, {"baseline": 1.0, "rope": 1.0}) == []
+    assert power(gain(make_study, 2, None), "tiny", "model_flops", 0.1, {"baseline": 1.0, "rope": 1.0}, FOUR) == []
 
 
 def test_the_upper_limit_covers_the_true_deviation_four_times_in_five():
