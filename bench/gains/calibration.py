@@ -25,9 +25,9 @@ from rich.progress import track
 
 from bench.config import BASELINE
 from bench.errors import UserError
-from bench.gains.classes import SIGNIFICANT
 from bench.gains.compute import compute_gains
 from bench.gains.estimators import find_estimator
+from bench.gains.resampling import SIGNIFICANT
 from bench.gains.synthetic import PowerLawStudy
 
 ESTIMATORS = ("crossing", "scaling_law")

@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench.gains.estimators import Gain, Interval, Point
-from bench.gains.resampling import LEVELS, Spread, holm
+from bench.gains.resampling import LEVELS, SIGNIFICANT, Spread, holm
 from bench.gains.trend import slope_of
 
 INVARIANT = 0.1  # |slope| up to which a gain counts as scale-invariant: 26 % per tenfold compute
-SIGNIFICANT = 0.05
 
 
 def side_of_one(point: Point) -> int:

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from bench.gains.classes import SIGNIFICANT, interval_entries
+from bench.gains.classes import interval_entries
 from bench.gains.estimators import Gain, ratio_intervals
-from bench.gains.resampling import Spread
+from bench.gains.resampling import SIGNIFICANT, Spread
 
 Innovations = frozenset[str]
 

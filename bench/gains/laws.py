@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from bench.gains.fitting import DELTA, Best, best_fit, log_law, minimise, refit
-from bench.gains.resampling import LEVELS, Resampling, Spread, inflation
+from bench.gains.resampling import LEVELS, SIGNIFICANT, Resampling, Spread, inflation
 from bench.gains.study import Pair, Study
 from bench.gains.tuning import TunedVariant
 
@@ -20,7 +20,6 @@ EXPONENTS = (0.05, 0.1, 0.2, 0.4, 0.8)
 # Huber's delta is Hoffmann's, but no less than this many standard errors of a mean loss. Below them a fit to a few
 # budgets is a median, which jumps from one budget to the next as seeds are resampled, and intervals come out too wide.
 ROBUST = 3.0
-SIGNIFICANT = 0.05
 NEGLIGIBLE = 1e-4  # of ln L: a law that misses by less holds for any purpose
 ENOUGH = 0.95  # of the replicates must converge for an interval to be trusted
 

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 LEVELS = (0.95, 0.90)
+SIGNIFICANT = 0.05  # the level of every test
 SCALES_TO_RESAMPLE = 4  # fewer say too little about how laws differ between scales
 
 

@@ -85,7 +85,7 @@ class Study:
     resampling: Resampling
     warnings: list[str]
     targets: Sequence[float] = ()
-    _pairs: dict[tuple[str, str], Pair | None] = field(default_factory=dict)
+    _pairs: dict[tuple[str, str], Pair] = field(default_factory=dict)
 
     def variants(self, scale: str) -> list[str]:
         """Names of the variants at a scale, without the baseline."""

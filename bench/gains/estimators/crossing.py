@@ -68,7 +68,7 @@ class Estimator:
         log_ceg, slope = at - position, variant.slope(position)
         inside = (side == INSIDE) & (slope < 0)
         gaps = self._gaps(pair, axis, baseline, at, position - at) if pair.seeds > 1 else None
-        intervals = [None] * len(at) if gaps is None else _intervals(variant, at, targets, gaps)
+        intervals = [None] * len(at) if gaps is None else _intervals(variant, at, targets, side, gaps)
         p_values = [None] * len(at) if gaps is None else _p_values(variant, at, targets, side, gaps)
         # A gap in loss is a change of ln CEG along the tangent at the crossing.
         spread = None if gaps is None else Spread(gaps.deviations / np.where(inside, slope, -np.inf), gaps.freedom)
@@ -149,15 +149,18 @@ def shape(variants: list[TunedVariant], axis: str) -> tuple[float, float]:
 
 
 def _intervals(
-    frontier: Frontier, log_compute: NDArray[np.float64], targets: NDArray[np.float64], gaps: Spread
+    frontier: Frontier,
+    log_compute: NDArray[np.float64],
+    targets: NDArray[np.float64],
+    side: NDArray[np.int8],
+    gaps: Spread,
 ) -> list[dict[float, Interval] | None]:
     """CEGs at which the variant's loss is within t standard errors of the targets; all arrays (knots,)."""
-    inside = frontier.crossing(targets)[1] == INSIDE
     found: list[dict[float, Interval] | None] = [{} for _ in targets]
     for level in LEVELS:
         margins = gaps.margin(level)
         low, high = (
-            _end(frontier, log_compute, targets + sign * margins, open_side, inside)
+            _end(frontier, log_compute, targets + sign * margins, open_side, side == INSIDE)
             for sign, open_side in ((-1, NOT_REACHED), (1, BEFORE_FIRST))
         )
         for j, intervals in enumerate(found):
