@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
 from bench.errors import UserError
-from bench.gains.sources.columns import normalise
+from bench.gains.sources.columns import COMPUTE_AXES, normalise
 from bench.gains.sources.runs import COSTS, CURVES, PROVENANCE, RESULTS
 
 FLOPS = (1e15, 4e15, 16e15, 64e15)
@@ -463,7 +463,8 @@ def test_what_comes_out_is_usable(table):
 
 @given(tables())
 def test_reading_what_came_out_changes_nothing(table):
+    """Unless some rows have a cost that others lack: of fewer rows another cost may be the one that most of them have."""
     found = outcome(table)
-    if found is not None:
+    if found is not None and all(found[0][axis].null_count() in (0, len(found[0])) for axis in COMPUTE_AXES):
         again = found[0].rename({"val_loss": "loss", "val_loss_se": "loss_se", "model_flops": "flops"})
         assert_frame_equal(outcome(again)[0], found[0])
