@@ -66,6 +66,8 @@ class DeviceConfig:
     micro_batch: int = 0  # sequences per forward pass; 0 = the whole batch
     threads: int = 0  # CPU threads; 0 = PyTorch's own choice
     kernels: str | None = None  # auto | triton | torch; null = as the environment's CEGBENCH_KERNELS says, or auto
+    processes: int = 1  # that train one trajectory together on each machine, a GPU each; 0 = one for every visible GPU
+    parallel: str = "ddp"  # ddp | fsdp: whether each process holds the whole model, or its share of it
     peak_flops: float | None = None  # for MFU where the device is not known by name
 
 

@@ -463,7 +463,7 @@ def test_what_comes_out_is_usable(table):
 
 @given(tables())
 def test_reading_what_came_out_changes_nothing(table):
-    """Unless some rows have a cost that others lack: of fewer rows another cost may be the one that most of them have."""
+    """Unless rows differ in which costs they have: of fewer rows another cost may be the one that most have."""
     found = outcome(table)
     if found is not None and all(found[0][axis].null_count() in (0, len(found[0])) for axis in COMPUTE_AXES):
         again = found[0].rename({"val_loss": "loss", "val_loss_se": "loss_se", "model_flops": "flops"})
