@@ -2,13 +2,15 @@
 
 import sys
 
-from bench.errors import TrajectoryFailed, UserError
+from bench.errors import Stopped, TrajectoryFailed, UserError
 
 COMMANDS = {
     "prepare": "read or download a corpus, tokenize it and write shards",
     "train": "train one trajectory, or with -m every trajectory of a study",
     "status": "show how each trajectory of a study stands",
     "gains": "turn finished runs, or a table of results, into compute-equivalent gains and a report",
+    "report": "write the report of a study's gains again, and with --wandb to Weights & Biases",
+    "wandb-sync": "upload what Weights & Biases lacks of a study's trajectories",
     "speed": "check and time what this project made fast, beside its peers",
 }
 
@@ -36,13 +38,16 @@ def main(arguments: list[str]) -> int:
     from bench import commands
 
     try:
-        return getattr(commands, command)(overrides)
+        return getattr(commands, command.replace("-", "_"))(overrides)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except TrajectoryFailed as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
+    except Stopped as stopped:
+        print("stopped by a signal: the same command goes on from here", file=sys.stderr)
+        return stopped.code
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from the newest checkpoints", file=sys.stderr)
         return 130

@@ -7,6 +7,7 @@ seed and one learning rate, its innovations applied, ready to train.
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, make_dataclass
 from pathlib import Path
@@ -66,8 +67,8 @@ class DeviceConfig:
     micro_batch: int = 0  # sequences per forward pass; 0 = the whole batch
     threads: int = 0  # CPU threads; 0 = PyTorch's own choice
     kernels: str | None = None  # auto | triton | torch; null = as the environment's CEGBENCH_KERNELS says, or auto
-    processes: int = 1  # that train one trajectory together on each machine, a GPU each; 0 = one for every visible GPU
-    parallel: str = "ddp"  # ddp | fsdp: whether each process holds the whole model, or its share of it
+    processes: int = 1  # that train one trajectory together, on each machine; 0 = one for every visible GPU
+    parallel: str = "ddp"  # ddp | fsdp: whether each process holds the whole model or a share of it
     peak_flops: float | None = None  # for MFU where the device is not known by name
 
 
@@ -84,6 +85,34 @@ class WandbConfig:
     mode: str = "disabled"  # disabled | offline | online
     project: str = "cegbench"
     entity: str | None = None
+
+
+@dataclass
+class PriceConfig:
+    """What an hour of a device costs to rent; of a machine, where that has no GPU."""
+
+    dollars_per_hour: float
+    source: str
+    date: str
+
+
+@dataclass
+class GridConfig:
+    """What electricity emits where it is made."""
+
+    grams_per_kwh: float  # of CO2e
+    source: str
+    year: int
+
+
+@dataclass
+class CostConfig:
+    """What seconds and joules are worth in dollars and CO2e. Nothing here is part of a trajectory's identity."""
+
+    prices: dict[str, PriceConfig] = field(default_factory=dict)  # by a part of the device's name; the longest counts
+    grids: dict[str, GridConfig] = field(default_factory=dict)
+    grid: str | None = None  # the one the machine is on; null = CO2e is not told
+    overhead: float = 1.0  # PUE: joules of the whole site over those measured; 1 = what was measured alone
 
 
 @dataclass
@@ -136,7 +165,7 @@ def _model_schema() -> type:
         default = entry.default if entry.default is not MISSING else "???"
         kind = entry.type if entry.type in (int, float, bool) else Any
         fields.append((entry.name, kind, field(default=default)))
-    return make_dataclass("Model", fields)
+    return make_dataclass("ModelSchema", fields, namespace={"__module__": __name__})  # for pickle to find it again
 
 
 ModelSchema = _model_schema()
@@ -176,6 +205,7 @@ class ColumnNames:
     seconds: str | None = None
     joules: str | None = None
     dollars: str | None = None
+    grams_co2e: str | None = None
     flops_6nd: str | None = None
     flops_6nd_head: str | None = None
     flops_palm: str | None = None
@@ -217,6 +247,7 @@ class Config(AnalysisConfig):
     device: DeviceConfig = field(default_factory=DeviceConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    cost: CostConfig = field(default_factory=CostConfig)
     study: StudyConfig = field(default_factory=StudyConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
     speed: SpeedConfig = field(default_factory=SpeedConfig)
@@ -225,6 +256,7 @@ class Config(AnalysisConfig):
     seed: int = 0
     lr: float | None = None  # peak learning rate; null = the innovation's or the optimizer's own
     op: str = "all"  # what `speed` measures
+    watch: float = 0.0  # seconds after which `status` looks again; 0 = it looks once
 
 
 def register_configs() -> None:
@@ -256,6 +288,7 @@ class Experiment:
     device: DeviceConfig
     logging: LoggingConfig
     wandb: WandbConfig
+    cost: CostConfig
     paths: PathsConfig
 
     @property
@@ -264,9 +297,9 @@ class Experiment:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """All that determines the numbers: no paths, logging, W&B or device, and not the study around it."""
+        """All that determines the numbers: no paths, logging, W&B, device or prices, and not the study around it."""
         settings = dataclasses.asdict(self)
-        for name in ("study", "device", "logging", "wandb", "paths"):
+        for name in ("study", "device", "logging", "wandb", "cost", "paths"):
             del settings[name]
         del settings["data"]["tokenizer_files"]
         return settings
@@ -333,6 +366,7 @@ def settle(config: DictConfig) -> Experiment:
         device=settings.device,
         logging=settings.logging,
         wandb=settings.wandb,
+        cost=settings.cost,
         paths=settings.paths,
     )
     check(experiment)
@@ -386,8 +420,14 @@ def check(experiment: Experiment) -> None:
         (optimizer.weight_decay >= 0, "optimizer.weight_decay must not be negative"),
         (optimizer.clip >= 0, "optimizer.clip must be 0 (no clipping) or the largest gradient norm"),
         (device.micro_batch >= 0, "device.micro_batch must be 0 (the whole batch) or a number of sequences"),
+        (device.processes >= 0, "device.processes must be 0 (one for every visible GPU) or a number of processes"),
+        (
+            device.parallel in ("ddp", "fsdp"),
+            f"device.parallel={device.parallel} is unknown: choose ddp or fsdp",
+        ),
         (device.threads >= 0, "device.threads must be 0 (PyTorch's choice) or a number of threads"),
         (experiment.logging.every > 0, "logging.every must be at least 1"),
+        *_cost_rules(experiment.cost),
         (0 <= schedule.warmup < 1, "schedule.warmup is a fraction of the steps, from 0 to below 1"),
         (0 < schedule.cooldown <= 1, "schedule.cooldown is a fraction of the steps, above 0 and at most 1"),
         (schedule.warmup + schedule.cooldown <= 1, "schedule.warmup + schedule.cooldown must be at most 1"),
@@ -396,6 +436,26 @@ def check(experiment: Experiment) -> None:
     for holds, sentence in rules:
         if not holds:
             raise UserError(sentence)
+
+
+def _cost_rules(cost: CostConfig) -> list[tuple[bool, str]]:
+    """What must hold of prices and grids, each with the sentence for where it does not."""
+    grids = ", ".join(cost.grids) or "null, or add it to cost.grids"
+    return [
+        (cost.grid is None or cost.grid in cost.grids, f"cost.grid={cost.grid} is unknown: choose {grids}"),
+        (1 <= cost.overhead < math.inf, "cost.overhead (PUE) must be 1, what was measured alone, or more"),
+        *(
+            (
+                0 < price.dollars_per_hour < math.inf,
+                f"cost.prices.{name}.dollars_per_hour must be above 0; leave out what is not known",
+            )
+            for name, price in cost.prices.items()
+        ),
+        *(
+            (0 < grid.grams_per_kwh < math.inf, f"cost.grids.{name}.grams_per_kwh must be above 0")
+            for name, grid in cost.grids.items()
+        ),
+    ]
 
 
 def one_line(error: BaseException) -> str:

@@ -22,9 +22,10 @@ AXES = (
     "seconds",
     "joules",
     "dollars",
+    "grams_co2e",
     "tokens",
 )
-MEASURED_AXES = ("seconds", "joules", "dollars")  # depend on the device; the others are counted
+MEASURED_AXES = ("seconds", "joules", "dollars", "grams_co2e")  # depend on the device; the others are counted
 UNMEASURED = "Not measured in these runs: "
 LONGEST = 200  # characters of names in one sentence
 ALL_SCALES = "all scales"  # the pseudo-scale at which the budgets of all scales are pooled

@@ -18,6 +18,7 @@ AXIS_LABELS = {
     "seconds": "seconds",
     "joules": "joules",
     "dollars": "dollars",
+    "grams_co2e": "grams CO2e",
     "tokens": "tokens",
 }
 READINGS = {

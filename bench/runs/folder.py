@@ -1,33 +1,48 @@
 """A run's folder: the files of one trajectory, written so that a kill at any moment loses nothing that counts."""
 
-import fcntl
 import json
 import os
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from bench.errors import UserError
+from bench.runs.claim import Claim, holding_host, take_claim
 
 
 def write_whole(path: Path, text: str) -> None:
     """Writes a file that is either absent, as before, or complete."""
     beside = path.with_name(path.name + ".partial")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The complete rows of a .jsonl file; a last line that was cut short is not one."""
-    if not path.exists():
+    """The complete rows of a .jsonl file; a last line that was cut short is not one.
+
+    Raises:
+        UserError: another line is no row, which no kill of a process leaves behind.
+    """
+    try:
+        *lines, _ = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
         return []
-    *lines, _ = path.read_text().split("\n")
-    return [json.loads(line) for line in lines]
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            advice = "delete the run's folder and train it again"
+            raise UserError(f"{path} is not valid JSON: {advice} (line {number})") from None
+    return rows
 
 
 class RowFile:
@@ -37,8 +52,16 @@ class RowFile:
         self.path = path
 
     def append(self, row: dict[str, Any]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
+        """Adds a row, or on a full disk, where it raises OSError, none of it."""
+        line = (json.dumps(row, allow_nan=False) + "\n").encode()
+        with self.path.open("ab", buffering=0) as file:  # a buffer would write the rest of a failed row when it closes
+            size = os.fstat(file.fileno()).st_size
+            try:
+                while line:
+                    line = line[file.write(line) :]
+            except OSError:
+                file.truncate(size)
+                raise
 
     @property
     def size(self) -> int:
@@ -63,17 +86,6 @@ class RowFile:
             os.truncate(self.path, size)
 
 
-def _claim(lock: IO[str]) -> bool:
-    """Takes the lock unless another process holds it; whoever only looks holds it for a moment, so it tries again."""
-    for _ in range(5):
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            time.sleep(0.02)
-    return False
-
-
 class RunFolder:
     """Names and states of the files that DESIGN calls what a run leaves."""
 
@@ -82,44 +94,54 @@ class RunFolder:
         self.metrics = RowFile(path / "metrics.jsonl")
         self.results = RowFile(path / "results.jsonl")
         self.checkpoints = path / "checkpoints"
+        self._claim: Claim | None = None
 
     @property
     def state(self) -> str:
-        """done | failed | running | unfinished | absent; running is known for processes of this machine."""
-        if not (self.path / "DONE").exists() and self._is_claimed():
+        """done | failed | running | unfinished | absent."""
+        if not (self.path / "DONE").exists() and self.host is not None:
             return "running"
         for name, state in (("DONE", "done"), ("FAILED", "failed"), ("run.json", "unfinished")):
             if (self.path / name).exists():
                 return state
         return "absent"
 
-    def _is_claimed(self) -> bool:
+    @property
+    def host(self) -> str | None:
+        """The machine that trains here now; None where none does, or where the folder cannot be read."""
         try:
-            with (self.path / ".lock").open("r+") as lock:
-                return not _claim(lock)
-        except OSError:  # no claim yet, or a folder that this process may only read
-            return False
+            return holding_host(self.path)
+        except OSError:
+            return None
 
     @contextmanager
-    def claimed(self, *, wait: bool = False) -> Iterator[None]:
+    def claimed(self, *, wait: bool = False) -> Iterator[Claim]:
         """Held while a process trains here; the claim dies with the process.
 
         Args:
-            wait: until another process on this machine has let go of it.
+            wait: until another process has let go of it.
         Raises:
-            UserError: the folder cannot be written, or another process on this machine holds it.
+            UserError: the folder cannot be written, or another process holds it.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / ".lock").open("w")
+            self._claim = claim = take_claim(self.path, wait=wait)
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}; choose another paths.runs") from None
-        with lock:
-            if wait:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            elif not _claim(lock):
-                raise UserError(f"another process is training {self.path}: wait for it or stop it")
-            yield
+        try:
+            yield claim
+        finally:
+            self._claim = None
+            claim.release()
+
+    def check(self) -> None:
+        """Call it before anything is written that another process could be writing too.
+
+        Raises:
+            ClaimLost: this process claimed the folder, and no longer holds it.
+        """
+        if self._claim:
+            self._claim.check()
 
     @property
     def described(self) -> bool:
@@ -139,13 +161,26 @@ class RunFolder:
         (self.path / "FAILED").unlink(missing_ok=True)
 
     def finish(self) -> None:
+        """Says that the trajectory is done.
+
+        Raises:
+            ClaimLost: that is another process's to say.
+        """
+        self.check()
         write_whole(self.path / "DONE", "")
 
     def fail(self, account: str) -> None:
-        write_whole(self.path / "FAILED", account)
+        """Leaves an account of what went wrong, where the disk has room and the folder is still this process's."""
+        if self._claim and self._claim.lost:
+            return
+        with suppress(OSError):  # the failure itself is what the user must see, not that it could not be noted
+            write_whole(self.path / "FAILED", account)
 
     @property
     def failure(self) -> str:
         """The last line of FAILED: the error itself."""
-        lines = (self.path / "FAILED").read_text().strip().splitlines()
+        try:
+            lines = (self.path / "FAILED").read_text().strip().splitlines()
+        except FileNotFoundError:  # tried again since
+            lines = []
         return lines[-1] if lines else ""

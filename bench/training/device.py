@@ -50,8 +50,8 @@ class Device:
             torch.cuda.synchronize(self.torch_device)
 
 
-def open_device(config: DeviceConfig) -> Device:
-    """The device the configuration asks for.
+def open_device(config: DeviceConfig, local_rank: int = 0) -> Device:
+    """The device the configuration asks for, and of several GPUs the one for this process.
 
     Raises:
         UserError: there is no such device here, or a setting is unknown.
@@ -70,11 +70,15 @@ def open_device(config: DeviceConfig) -> Device:
         raise UserError(f"device.precision={config.precision} is unknown: choose auto, float32 or bfloat16")
     if config.threads:
         torch.set_num_threads(config.threads)
+    torch_device = torch.device(kind)
+    if kind == "cuda":  # under srun each task may see its own GPU alone
+        torch_device = torch.device(kind, local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(torch_device)
     description = torch.cuda.get_device_name() if kind == "cuda" else _cpu_name()
     peak = config.peak_flops
     if peak is None and precision == "bfloat16":
         peak = next((value for name, value in PEAK_FLOPS.items() if name in description), None)
-    return Device(torch.device(kind), precision, description, peak, _choose_kernels(config, kind))
+    return Device(torch_device, precision, description, peak, _choose_kernels(config, kind))
 
 
 def _choose_kernels(config: DeviceConfig, kind: str) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from bench.training.device import Device
+from bench.training.world import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Evaluation:
 
 
 class Evaluator:
-    """Evaluates models on fixed sequences.
+    """Evaluates models on fixed sequences, each process its share of them.
 
     Args:
         inputs, targets: (sequences, context) int64 token ids.
@@ -35,26 +36,29 @@ class Evaluator:
         token_bytes: np.ndarray | None,
         micro_batch: int,
         device: Device,
+        world: World = ALONE,
     ) -> None:
         self.inputs, self.targets = torch.from_numpy(inputs), torch.from_numpy(targets)
         self.bytes = None if token_bytes is None else int(token_bytes[targets].sum(dtype=np.int64))
         self.micro_batch = micro_batch
-        self.device = device
+        self.device, self.world = device, world
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> Evaluation:
         was_training = model.training
         model.eval()
         means = []
-        for inputs, targets in zip(
-            self.inputs.split(self.micro_batch), self.targets.split(self.micro_batch), strict=True
-        ):
+        count = len(self.inputs)
+        share = -(-count // self.world.size)
+        # All processes make the same number of passes, as sharded models need: the last repeat the last sequence.
+        own = torch.arange(self.world.rank * share, (self.world.rank + 1) * share).clamp(max=count - 1)
+        for rows in own.split(self.micro_batch):
+            inputs, targets = (part[rows].to(self.device.torch_device) for part in (self.inputs, self.targets))
             with self.device.autocast():
-                losses = model(inputs.to(self.device.torch_device), targets.to(self.device.torch_device))
+                losses = model(inputs, targets)
             means.append(losses.double().mean(dim=1).cpu())
         model.train(was_training)
-        per_sequence = torch.cat(means)
-        count = len(per_sequence)
+        per_sequence = self.world.concatenate(torch.cat(means))[:count]
         loss = per_sequence.mean().item()
         error = per_sequence.std().item() / math.sqrt(count) if count > 1 else None
         bits = None if not self.bytes else loss * self.targets.numel() / math.log(2) / self.bytes

@@ -1,5 +1,6 @@
-"""A trajectory as a job: skipped when done, resumed when cut, tried again when it failed."""
+"""A trajectory as a job: skipped when done, resumed when cut, tried again when it failed; in one process or several."""
 
+import errno
 import importlib.metadata
 import multiprocessing
 import os
@@ -8,6 +9,7 @@ import subprocess
 import threading
 import time
 import traceback
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import cache
@@ -19,14 +21,19 @@ from omegaconf import DictConfig, OmegaConf
 
 from bench.config import Experiment, settle
 from bench.data import Dataset, open_dataset
-from bench.errors import UserError
+from bench.errors import Stopped, UserError
+from bench.runs.claim import ClaimLost
 from bench.runs.folder import RunFolder
-from bench.runs.mirror import open_mirror
+from bench.runs.mirror import NoMirror, open_mirror
 from bench.training.device import Device, open_device
 from bench.training.trainer import Trainer
+from bench.training.workers import start_workers, workers_to_start
+from bench.training.world import World, find_world, joined
 from kernels import backend
 
 PACKAGES = ("torch", "numpy", "triton")
+# What the disk may say to a write, and only the user can mend.
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
 
 
 def train(config: DictConfig, *, wait: bool = False) -> Path:
@@ -35,27 +42,63 @@ def train(config: DictConfig, *, wait: bool = False) -> Path:
     Args:
         wait: where another process is training it, wait until that has stopped.
     Raises:
-        UserError: a mistake in the settings, or not enough memory.
+        UserError: a mistake in the settings, not enough memory, or a disk that cannot be written.
         Diverged: the loss or a gradient was not finite; FAILED in the folder holds the account.
+        ClaimLost: this process was suspended for so long that another one took the folder over.
+        Stopped: a signal asked for it; the trajectory goes on from there when it is trained again.
     """
     experiment = settle(config)
     folder = RunFolder(experiment.folder)
     if folder.state == "done":
         return folder.path
-    with folder.claimed(wait=wait):
-        if folder.state == "done":
-            return folder.path
-        folder.begin()
-        try:
-            _train(experiment, folder, config)
-        except torch.OutOfMemoryError:
-            folder.fail("UserError: out of GPU memory")
-            size = experiment.device.micro_batch or experiment.training.sequences
-            raise UserError(f"the GPU ran out of memory: set device.micro_batch below {size}") from None
-        except Exception:
-            folder.fail(traceback.format_exc())
-            raise
+    if processes := workers_to_start(experiment.device):
+        start_workers(processes, train_as_worker, config, wait)
+        return folder.path
+    world = find_world()
+    with joined(world), ExitStack() as stack:
+
+        def claim() -> bool:
+            stack.enter_context(folder.claimed(wait=wait))
+            return folder.state != "done"
+
+        if world.first(claim):
+            train_claimed(experiment, folder, config, world)
     return folder.path
+
+
+def train_claimed(experiment: Experiment, folder: RunFolder, config: DictConfig, world: World) -> None:
+    """Trains in a folder that the first process of this world has claimed; FAILED tells what went wrong."""
+    try:
+        world.first(folder.begin)
+        _train(experiment, folder, config, world)
+    except ClaimLost:
+        raise
+    except torch.OutOfMemoryError:
+        size = experiment.device.micro_batch or experiment.training.sequences // world.size
+        problem = UserError(f"the GPU ran out of memory: set device.micro_batch below {size}")
+        _fail(folder, world, "UserError: out of GPU memory")
+        raise problem from None
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            _fail(folder, world, traceback.format_exc())
+            raise
+        sentence = f"cannot write {error.filename or folder.path}: {error.strerror}"
+        _fail(folder, world, f"UserError: {sentence}")
+        raise UserError(f"{sentence}; mend that and start again: what was written before is as it was") from None
+    except Exception:
+        _fail(folder, world, traceback.format_exc())
+        raise
+
+
+def _fail(folder: RunFolder, world: World, account: str) -> None:
+    if world.leads:
+        folder.fail(account)
+
+
+def train_as_worker(config: DictConfig, wait: bool) -> None:
+    """One of the processes that a job starts for its trajectory."""
+    end_with_parent()
+    train(config, wait=wait)
 
 
 def train_in_turn(config: DictConfig) -> None:
@@ -79,32 +122,61 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _train(experiment: Experiment, folder: RunFolder, config: DictConfig) -> None:
-    begun = folder.run() if folder.described else None
+def _train(experiment: Experiment, folder: RunFolder, config: DictConfig, world: World) -> None:
+    begun = world.first(lambda: folder.run() if folder.described else None)
     if begun and not experiment.device.threads:
         # The order of a sum depends on the number of threads: a resumed trajectory keeps the one it began with.
         experiment = replace(experiment, device=replace(experiment.device, threads=begun["threads"]))
-    device = open_device(experiment.device)
-    dataset = open_dataset(experiment.data, Path(experiment.paths.data), progress=print)
-    if begun and begun["data"]["fingerprint"] != dataset.fingerprint:
-        raise UserError(
-            f"the data changed since {folder.path} was begun: delete that folder to train it on the new data"
-        )
-    trainer = Trainer(experiment, dataset, device, folder)
-    run = describe_run(experiment, dataset, device, trainer)
-    folder.describe(OmegaConf.to_yaml(config, resolve=True), run)
-    mirror = open_mirror(experiment, {**run, "settings": experiment.identity})
+    device = open_device(experiment.device, world.local_rank)
+    data = Path(experiment.paths.data)
+    world.first(lambda: open_dataset(experiment.data, data, progress=print).fingerprint)  # prepares it, once for all
+    dataset = open_dataset(experiment.data, data, progress=print)
+    if begun:
+        check_unchanged(begun, folder, dataset, device)
+    where = f"{world.size} x {device.description}" if world.size > 1 else device.description
+    trainer = Trainer(experiment, dataset, device, folder, world, measured=not begun or begun["device"] == where)
+    if not trainer.measured and world.leads:
+        print(f"{folder.path} was begun on {begun['device']} and goes on on {where}: seconds and joules are not told")
+    run = describe_run(experiment, dataset, device, trainer, where)
+    mirror = NoMirror()
+    if world.leads:
+        folder.describe(OmegaConf.to_yaml(config, resolve=True), run)
+        mirror = open_mirror(experiment, {**run, "settings": experiment.identity})
     exit_code = 1
     try:
         with backend.use(device.kernels):
             trainer.run(mirror)
         exit_code = 0
+    except Stopped as stopped:
+        exit_code = stopped.code
+        raise
     finally:
         mirror.finish(exit_code)
-    folder.finish()
+    world.first(folder.finish)
 
 
-def describe_run(experiment: Experiment, dataset: Dataset, device: Device, trainer: Trainer) -> dict[str, Any]:
+def check_unchanged(begun: dict[str, Any], folder: RunFolder, dataset: Dataset, device: Device) -> None:
+    """Refuses to go on with what would make a trajectory of two halves.
+
+    Args:
+        begun: run.json, from when it was begun.
+    Raises:
+        UserError: the data or the precision are others.
+    """
+    if begun["data"]["fingerprint"] != dataset.fingerprint:
+        raise UserError(
+            f"the data changed since {folder.path} was begun: delete that folder to train it on the new data"
+        )
+    if begun["precision"] != device.precision:
+        raise UserError(
+            f"{folder.path} was begun in {begun['precision']}, not {device.precision}: set device.precision="
+            f"{begun['precision']}, or delete that folder"
+        )
+
+
+def describe_run(
+    experiment: Experiment, dataset: Dataset, device: Device, trainer: Trainer, where: str
+) -> dict[str, Any]:
     """run.json: what was trained, of what, with which versions, and what a token costs."""
     flops = {name: value / trainer.costs.tokens for name, value in trainer.costs.flops.items()}
     return {
@@ -117,10 +189,14 @@ def describe_run(experiment: Experiment, dataset: Dataset, device: Device, train
         "hash": experiment.digest,
         "git_commit": git_commit(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "device": device.description,
+        "device": where,
         "precision": device.precision,
         "kernels": device.implementation,
         "threads": torch.get_num_threads(),
+        "processes": trainer.world.size,
+        "parallel": experiment.device.parallel if trainer.world.size > 1 else None,
+        "energy": {"source": trainer.meter.source, "problem": trainer.meter.problem},
+        "cost": trainer.prices.account(),
         "parameters": trainer.model.parameter_counts(),
         "flops_per_token": flops,
         "tokens_per_step": trainer.costs.tokens,

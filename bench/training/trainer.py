@@ -1,7 +1,11 @@
-"""Trains one trajectory, leg by leg, and writes its rows; killed anywhere, it goes on from its newest checkpoint."""
+"""Trains one trajectory, leg by leg, and writes its rows; killed anywhere, it goes on from its newest checkpoint.
+
+Several processes may train it together: each takes its share of every batch, the first of them writes.
+"""
 
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +16,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from bench.config import Experiment
 from bench.data import Dataset, Loader, evaluation_batch
 from bench.errors import TrajectoryFailed, UserError
-from bench.runs.folder import RunFolder
-from bench.runs.mirror import Mirror
+from bench.runs.folder import RowFile, RunFolder
+from bench.runs.mirror import Mirror, NoMirror
 from bench.training.checkpoint import (
     Progress,
     checkpoint_name,
@@ -24,11 +28,17 @@ from bench.training.checkpoint import (
     save_checkpoint,
 )
 from bench.training.device import Device
+from bench.training.energy import open_meter
 from bench.training.evaluation import Evaluation, Evaluator
+from bench.training.generators import seed_generators
 from bench.training.optimizer import build_optimizer
+from bench.training.parallel import spread, whole
 from bench.training.plan import build_model, plan_trajectory
+from bench.training.prices import find_prices
 from bench.training.progress import ProgressDisplay, open_progress
 from bench.training.schedule import Leg
+from bench.training.signals import StopSignals
+from bench.training.world import ALONE, World
 
 
 class Diverged(TrajectoryFailed):
@@ -38,30 +48,51 @@ class Diverged(TrajectoryFailed):
 class Trainer:
     """One trajectory: its model, optimizer and data, the legs it is trained in, and where it stands.
 
+    Args:
+        world: this process among those that train it together.
+        measured: whether all of it is trained on the kind of device it began on; else seconds and joules mean nothing.
     Raises:
-        UserError: the settings do not fit the data, or a budget is too small for one step.
+        UserError: the settings do not fit the data or the number of processes, or a budget is too small for one step.
     """
 
-    def __init__(self, experiment: Experiment, dataset: Dataset, device: Device, folder: RunFolder) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        dataset: Dataset,
+        device: Device,
+        folder: RunFolder,
+        world: World = ALONE,
+        measured: bool = True,
+    ) -> None:
         self.experiment, self.device, self.folder = experiment, device, folder
+        self.world, self.measured = world, measured
+        self.sequences = share_of(experiment.training.sequences, world)
+        self.micro_batch = min(experiment.device.micro_batch or self.sequences, self.sequences)
         self.model = build_model(experiment, dataset.vocabulary_size).to(device.torch_device)
         context = self.model.config.context
-        self.parameters = list(self.model.parameters())
-        self.forward = torch.compile(self.model) if experiment.device.compile else self.model
-        self.optimizer = build_optimizer(self.model, experiment.optimizer)
         self.loader = Loader(dataset.train, context, experiment.seed)
-        sequences = experiment.training.sequences
-        self.micro_batch = min(experiment.device.micro_batch or sequences, sequences)
         self.evaluator = Evaluator(
             *evaluation_batch(dataset.validation, context, math.ceil(experiment.evaluation.tokens / context)),
             token_bytes=dataset.token_bytes,
             micro_batch=self.micro_batch,
             device=device,
+            world=world,
         )
         plan = plan_trajectory(experiment, self.model)
         self.costs, self.schedule, self.legs = plan.costs, plan.schedule, plan.legs
-        self.progress = Progress(leg=0, step=0, seconds=0.0, joules=None, metrics_size=0, results_size=0)
+        spread_model, self.average_gradients = spread(
+            self.model, experiment.device.parallel, device.torch_device, world
+        )
+        self.forward = torch.compile(spread_model) if experiment.device.compile else spread_model
+        self.parameters = list(self.model.parameters())
+        self.optimizer = build_optimizer(self.model, experiment.optimizer)
+        self.meter = open_meter(device.torch_device, first_on_machine=world.local_rank == 0)
+        devices = world.machines if device.torch_device.type == "cpu" else world.size
+        self.prices = find_prices(experiment.cost, device.description, devices)
+        self.progress = Progress(leg=0, step=0, seconds=0.0, joules=0.0, rows=0, metrics_size=0, results_size=0)
+        self.meter_mark = self.meter.read()
         self.train_loss = math.nan
+        self.mirror: Mirror = NoMirror()
 
     @property
     def total_steps(self) -> int:
@@ -89,23 +120,29 @@ class Trainer:
 
         Raises:
             Diverged: naming step and cause.
+            Stopped: a signal asked for it, and a checkpoint was written.
+            ClaimLost: the folder is another process's by now.
         """
+        self.mirror = mirror
         self.warm_up()
         passed_over = self.resume()
-        display = open_progress(self.experiment.logging.progress, self.title, self.total_steps, self.steps_done)
+        kind = self.experiment.logging.progress if self.world.leads else "none"
+        display = open_progress(kind, self.title, self.total_steps, self.steps_done)
         try:
             for path in passed_over:
                 display.say(f"checkpoint {path.name} is damaged; going on from the one before")
             if self.progress.step or self.progress.leg:
                 display.say(f"resumed at step {self.steps_done} of {self.total_steps}")
-            while self.progress.step < self.legs[self.progress.leg].end:
-                self.train_leg(display, mirror)
-                if self.progress.leg + 1 < len(self.legs):
-                    self.begin_next_leg()
+            with StopSignals() as signals:
+                while self.progress.step < self.legs[self.progress.leg].end:
+                    self.train_leg(display, signals)
+                    if self.progress.leg + 1 < len(self.legs):
+                        self.begin_next_leg()
             self.save()
-            prune_checkpoints(self.folder.checkpoints, keep=set(), newest=1)
+            self.prune(keep=set(), newest=1)
         finally:
             display.close()
+            self.meter.close()
 
     def warm_up(self) -> None:
         """Compiles before the clock runs. Leaves weights and gradients as they were; `resume` sets the generators."""
@@ -116,39 +153,68 @@ class Trainer:
             losses = self.forward(inputs, targets)
         losses.sum().backward()
         self.optimizer.zero_grad(set_to_none=True)
-        self.evaluate()
+        self.evaluator(self.forward)
 
     def resume(self) -> list[Path]:
         """Goes back to the newest sound checkpoint, or to the start; returns damaged ones that were passed over."""
-        found, damaged = newest_checkpoint(self.folder.checkpoints)
+        self.skip_meter()
+        seed_generators(self.experiment.seed, self.world.rank)
+        found, damaged = self.world.first(lambda: newest_checkpoint(self.folder.checkpoints))
         if found is not None:
-            self.progress = load_checkpoint(found, self.model, self.optimizer)
-        else:
-            torch.manual_seed(self.experiment.seed)
-        self.folder.metrics.truncate(self.progress.metrics_size)
-        self.folder.results.truncate(self.progress.results_size)
+            self.progress = self.load(found)
+        self.world.first(self.drop_rows_after_checkpoint)
         if found is None:
             self.save()
+        self.skip_meter()
         return damaged
+
+    def drop_rows_after_checkpoint(self) -> None:
+        self.folder.metrics.truncate(self.progress.metrics_size)
+        self.folder.results.truncate(self.progress.results_size)
 
     def begin_next_leg(self) -> None:
         """Goes to the start of the next leg: after a branch, back to the trunk's state at its fork."""
         finished = self.legs[self.progress.leg]
         if finished.budget is not None:
-            if not is_sound(self.leg_start):
+            if not self.world.first(lambda: is_sound(self.leg_start)):
                 raise UserError(f"{self.leg_start}, which the trunk goes on from, is damaged: delete the run's folder")
-            state = load_checkpoint(self.leg_start, self.model, self.optimizer)
-            self.progress.step, self.progress.seconds, self.progress.joules = state.step, state.seconds, state.joules
+            fork = self.load(self.leg_start)
+            self.progress = replace(self.progress, step=fork.step, seconds=fork.seconds, joules=fork.joules)
         self.progress.leg += 1
         self.save()
 
-    def save(self) -> None:
-        self.progress.metrics_size = self.folder.metrics.size
-        self.progress.results_size = self.folder.results.size
-        save_checkpoint(self.folder.checkpoints, self.progress, self.model, self.optimizer)
-        prune_checkpoints(self.folder.checkpoints, keep={self.leg_start})
+    def load(self, checkpoint: Path) -> Progress:
+        """Goes back to a checkpoint; returns where it stood."""
+        progress = load_checkpoint(checkpoint, self.model, self.optimizer, self.world)
+        return progress if self.measured else replace(progress, seconds=None, joules=None)
 
-    def train_leg(self, display: ProgressDisplay, mirror: Mirror) -> None:
+    def save(self) -> None:
+        self.read_meter()
+        if self.world.leads:
+            self.progress.metrics_size = self.folder.metrics.size
+            self.progress.results_size = self.folder.results.size
+        self.world.first(self.folder.check)
+        save_checkpoint(self.folder.checkpoints, self.progress, self.model, self.optimizer, self.world)
+        self.prune(keep={self.leg_start}, newest=2)
+        self.skip_meter()
+
+    def prune(self, keep: set[Path], newest: int) -> None:
+        self.world.first(lambda: prune_checkpoints(self.folder.checkpoints, keep, newest))
+
+    def read_meter(self) -> None:
+        """Counts the energy since the meter was last read or skipped, of all processes."""
+        now, before = self.meter.read(), self.meter_mark
+        spent = math.nan if now is None or before is None else now - before
+        joules = self.world.total(torch.tensor(spent, dtype=torch.float64)).item()
+        known = self.progress.joules is not None and math.isfinite(joules)
+        self.progress.joules = self.progress.joules + joules if known else None  # type: ignore[operator]
+        self.meter_mark = now
+
+    def skip_meter(self) -> None:
+        """Leaves out the energy since the meter was last read: it did not go into training."""
+        self.meter_mark = self.meter.read()
+
+    def train_leg(self, display: ProgressDisplay, signals: StopSignals) -> None:
         """Trains to the end of the current leg; a branch ends in a row of results.jsonl."""
         leg = self.legs[self.progress.leg]
         logging = self.experiment.logging
@@ -159,25 +225,36 @@ class Trainer:
             started = time.perf_counter()
             self.train_loss, grad_norm = self.train_step(rate)
             self.progress.step += 1
-            self.progress.seconds += time.perf_counter() - started
+            if self.progress.seconds is not None:
+                self.progress.seconds += time.perf_counter() - started
             every = self.experiment.evaluation.every
             evaluated = self.evaluate() if every and self.progress.step % every == 0 else None
             if self.progress.step % logging.every == 0 or self.progress.step == leg.end or evaluated:
-                row = self.metrics_row(leg, rate, grad_norm, evaluated)
-                self.folder.metrics.append(row)
-                mirror.log(row)
+                self.record(self.folder.metrics, self.metrics_row(leg, rate, grad_norm, evaluated))
             now = time.monotonic()
             if now - window_start > 0.5 or self.progress.step == leg.end:
                 display.update(self.steps_done, self.speed(self.progress.step - window_step, now - window_start))
                 window_start, window_step = now, self.progress.step
-            if now - saved_at > logging.checkpoint_seconds and self.progress.step < leg.end:
+            due = self.world.leads and now - saved_at > logging.checkpoint_seconds
+            save, stop = self.world.any(due, signals.received is not None)
+            if (save or stop) and self.progress.step < leg.end:
                 self.save()
                 saved_at = time.monotonic()
+                if stop:
+                    display.say(f"stopped at step {self.steps_done} of {self.total_steps}")
+                    signals.stop()
         if leg.budget is not None:
             row = self.results_row(leg, self.evaluate())
-            self.folder.results.append(row)
-            mirror.log(row)
+            self.record(self.folder.results, row)
             display.say(f"budget {leg.budget:.3g} FLOPs: validation loss {row['val_loss']:.4f}")
+
+    def record(self, file: RowFile, row: dict[str, Any]) -> None:
+        """Appends a row to a file and its mirror, in the process that writes."""
+        if self.world.leads:
+            self.folder.check()
+            file.append(row)
+            self.mirror.log(self.progress.rows, row)
+        self.progress.rows += 1
 
     def train_step(self, rate: float) -> tuple[float, float]:
         """One optimizer step at learning rate `rate`; returns the batch's mean loss (nats) and gradient norm.
@@ -186,15 +263,16 @@ class Trainer:
         """
         inputs, targets = self.batch()
         total = torch.zeros((), device=self.device.torch_device)
-        for micro_inputs, micro_targets in zip(
-            inputs.split(self.micro_batch), targets.split(self.micro_batch), strict=True
-        ):
+        parts = list(zip(inputs.split(self.micro_batch), targets.split(self.micro_batch), strict=True))
+        for number, (micro_inputs, micro_targets) in enumerate(parts, start=1):
+            self.average_gradients(number == len(parts))
             with self.device.autocast():
                 losses = self.forward(micro_inputs, micro_targets)
             loss = losses.sum() / targets.numel()
             loss.backward()
             total += loss.detach()
-        norm = get_total_norm([parameter.grad for parameter in self.parameters if parameter.grad is not None])
+        total = self.world.total(total) / self.world.size
+        norm = whole(get_total_norm([parameter.grad for parameter in self.parameters if parameter.grad is not None]))
         train_loss, grad_norm = torch.stack([total, norm.to(total.dtype)]).tolist()
         if not math.isfinite(train_loss) or not math.isfinite(grad_norm):
             cause = f"loss {train_loss}" if not math.isfinite(train_loss) else f"gradient norm {grad_norm}"
@@ -210,14 +288,17 @@ class Trainer:
         return train_loss, grad_norm
 
     def batch(self) -> tuple[Tensor, Tensor]:
-        """The batch that belongs to the current step: (sequences, context) inputs and targets."""
-        position = self.progress.step * self.costs.tokens
-        arrays = self.loader.batch(position, self.experiment.training.sequences)
+        """This process's share of the batch that belongs to the current step: (sequences, context) inputs, targets."""
+        position = self.progress.step * self.costs.tokens + self.world.rank * self.sequences * self.loader.context
+        arrays = self.loader.batch(position, self.sequences)
         inputs, targets = (torch.from_numpy(array).to(self.device.torch_device) for array in arrays)
         return inputs, targets
 
     def evaluate(self) -> Evaluation:
-        return self.evaluator(self.forward)
+        self.read_meter()
+        evaluated = self.evaluator(self.forward)
+        self.skip_meter()
+        return evaluated
 
     def metrics_row(self, leg: Leg, rate: float, grad_norm: float, evaluated: Evaluation | None) -> dict[str, Any]:
         return {
@@ -244,8 +325,15 @@ class Trainer:
         }
 
     def cost_columns(self) -> dict[str, Any]:
-        measured = {"seconds": self.progress.seconds, "joules": self.progress.joules, "dollars": None}
-        return {**self.costs.after(self.progress.step), **measured}
+        self.read_meter()
+        seconds, joules = self.progress.seconds, self.progress.joules
+        return {
+            **self.costs.after(self.progress.step),
+            "seconds": seconds,
+            "joules": joules,
+            "dollars": self.prices.dollars(seconds),
+            "grams_co2e": self.prices.grams(joules),
+        }
 
     def speed(self, steps: int, seconds: float) -> dict[str, float | None]:
         per_second = steps / max(seconds, 1e-9)
@@ -254,5 +342,18 @@ class Trainer:
             "loss": self.train_loss,
             "tokens_per_second": per_second * self.costs.tokens,
             "flops_per_second": flops,
-            "mfu": flops / self.device.peak_flops if self.device.peak_flops else None,
+            "mfu": flops / self.device.peak_flops / self.world.size if self.device.peak_flops else None,
         }
+
+
+def share_of(sequences: int, world: World) -> int:
+    """How many of a batch's sequences each process takes.
+
+    Raises:
+        UserError: they cannot be shared equally.
+    """
+    if sequences % world.size:
+        raise UserError(
+            f"training.sequences={sequences} cannot be shared equally by {world.size} processes: change one of them"
+        )
+    return sequences // world.size

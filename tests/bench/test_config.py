@@ -61,7 +61,15 @@ def test_what_changes_the_numbers_changes_the_folder(overrides, override):
 
 
 @pytest.mark.parametrize(
-    "override", ["device.micro_batch=2", "logging.every=7", "wandb=offline", "study.seeds=[0,1]", "device.threads=3"]
+    "override",
+    [
+        "device.micro_batch=2",
+        "logging.every=7",
+        "wandb=offline",
+        "study.seeds=[0,1]",
+        "device.threads=3",
+        "cost.grid=FRA",
+    ],
 )
 def test_what_does_not_change_the_numbers_does_not(overrides, override):
     assert settled(overrides, override).folder == settled(overrides).folder
@@ -109,6 +117,13 @@ def test_the_vocabulary_is_the_datas_or_larger(overrides, experiment):
         ("schedule.warmup=0.9", r"warmup \+ schedule\.cooldown"),
         ("schedule.final=2", r"schedule\.final"),
         ("logging.every=0", r"logging\.every"),
+        ("cost.grid=Atlantis", r"cost\.grid=Atlantis is unknown: choose CHN, DEU, FRA, GBR, IND, NOR, USA"),
+        ("cost.prices.H100.dollars_per_hour=-1", r"cost\.prices\.H100\.dollars_per_hour must be above 0"),
+        ("cost.prices.H200.dollars_per_hour=0", r"cost\.prices\.H200\.dollars_per_hour must be above 0"),
+        ("cost.prices.H100.dollars_per_hour=nan", r"cost\.prices\.H100\.dollars_per_hour must be above 0"),
+        ("cost.grids.FRA.grams_per_kwh=inf", r"cost\.grids\.FRA\.grams_per_kwh must be above 0"),
+        ("cost.overhead=0.9", r"cost\.overhead \(PUE\) must be 1"),
+        ("cost.overhead=nan", r"cost\.overhead \(PUE\) must be 1"),
         ("evaluation.every=-1", r"evaluation\.every"),
     ],
 )
@@ -124,4 +139,4 @@ def test_a_model_that_cannot_be_is_a_user_error(overrides):
 
 def test_identity_leaves_out_only_what_does_not_count(experiment):
     left_out = {field.name for field in dataclasses.fields(experiment)} - set(experiment.identity)
-    assert left_out == {"study", "device", "logging", "wandb", "paths"}
+    assert left_out == {"study", "device", "logging", "wandb", "cost", "paths"}

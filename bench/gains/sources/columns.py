@@ -20,7 +20,7 @@ TEXT = ("variant", "scale", "run", "origin")
 MEASURES = ("flops", "params", *(cost for cost in COSTS if cost != "model_flops"))
 # What compute is read from: the first that at least half of the rows have.
 COMPUTE_AXES = (
-    "model_flops", "flops_6nd", "flops_6nd_head", "flops_palm", "tokens", "seconds", "joules", "dollars",
+    "model_flops", "flops_6nd", "flops_6nd_head", "flops_palm", "tokens", "seconds", "joules", "dollars", "grams_co2e",
 )  # fmt: skip
 KEY = ("variant", "scale", "seed", "lr", "budget")
 LR_NOT_GIVEN = 0.0

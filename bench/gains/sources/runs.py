@@ -17,6 +17,7 @@ COSTS = {
     "seconds": pl.Float64,
     "joules": pl.Float64,
     "dollars": pl.Float64,
+    "grams_co2e": pl.Float64,
     "model_flops": pl.Float64,
     "flops_6nd": pl.Float64,
     "flops_6nd_head": pl.Float64,

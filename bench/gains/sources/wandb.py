@@ -36,6 +36,7 @@ KEYS = {
 IDENTITY = ("variant", "scale", "seed", "lr", "params")  # in the config; the other columns are in the history
 MOMENTARY = ("loss", "loss_se", "budget")  # only of the row in which they are
 OUR_CONFIG = {"settings", *PROVENANCE}  # what bench/runs/mirror.py says of a run
+OUR_REPORT = "cegbench_report"  # in the config of what bench/report/wandb.py puts beside the runs of a study
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def read(path: Path, config: SourceConfig, name: str) -> Results:
     """
     warnings: list[str] = []
     runs = _read_offline(path, warnings) if path.exists() else _fetch(path)
+    runs = [run for run in runs if OUR_REPORT not in run.config]
     warnings += [f"{run.path}: it is {run.state}, not finished; left out." for run in runs if run.state != "finished"]
     runs = [run for run in runs if run.state == "finished"]
     rows: list[dict[str, Any]] = []

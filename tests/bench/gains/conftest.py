@@ -27,6 +27,7 @@ def costs(flops: float) -> dict[str, Any]:
         "seconds": flops / 1e10,
         "joules": flops / 1e9,
         "dollars": flops / 1e13,
+        "grams_co2e": flops / 1e11,
         "model_flops": int(flops),
         "flops_6nd": int(0.9 * flops),
         "flops_6nd_head": int(1.2 * flops),

@@ -42,8 +42,8 @@ def test_the_schema(study_folder):
     }  # fmt: skip
     assert (gains["schema"], gains["study"], gains["baseline"]) == (2, "synthetic", "baseline")
     assert (gains["estimator"], gains["level"]) == ("crossing", 0.95)
-    assert len(gains["gains"]) == 4 * 9
-    assert len(gains["frontiers"]) == 5 * 9
+    assert len(gains["gains"]) == 4 * 10
+    assert len(gains["frontiers"]) == 5 * 10
     point = {
         "baseline_compute", "target_loss", "ceg", "interval", "interval_90", "lower_bound", "upper_bound", "p_value",
         "seed_error", "evaluation_error", "extrapolated",
@@ -60,12 +60,12 @@ def test_the_schema(study_folder):
         assert set(entry["sign"]) == test
         assert set(entry["slope"]) == test | {"value"}
     bounds = {"lower_bound", "upper_bound", "interval", "interval_90", "p_value"}
-    assert len(gains["interactions"]) == 9
+    assert len(gains["interactions"]) == 10
     for entry in gains["interactions"]:
         assert set(entry) == bounds | {
             "scale", "axis", "variant", "innovations", "joint", "product", "ratio", "verdict",
         }  # fmt: skip
-    assert len(gains["contributions"]) == 2 * 9
+    assert len(gains["contributions"]) == 2 * 10
     for entry in gains["contributions"]:
         assert set(entry) == bounds | {"scale", "axis", "variant", "innovation", "method", "ceg"}
     assert (gains["fits"], gains["forecasts"], gains["power"]) == ([], [], None)
@@ -103,7 +103,7 @@ def test_an_axis_in_proportion_to_another_has_the_same_gains(study_folder):
     gains = compute(study_folder)["gains"]
     for variant in ("rope", "layer_norm"):
         by_axis = [gain["ceg"] for gain in gains if gain["variant"] == variant]
-        assert by_axis == pytest.approx([by_axis[0]] * 9, rel=1e-6)
+        assert by_axis == pytest.approx([by_axis[0]] * 10, rel=1e-6)
 
 
 @pytest.mark.parametrize("more", [[], [256e12]])

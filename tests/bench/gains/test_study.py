@@ -36,10 +36,10 @@ def test_an_axis_without_a_number_in_every_result_is_left_out(study_folder, valu
 
 
 def test_axes_that_nobody_measured_are_named_in_one_sentence(study_folder):
-    study_folder.add("baseline", LOSSES, change=lambda row: {**row, "joules": None, "dollars": None})
+    study_folder.add("baseline", LOSSES, change=lambda row: {**row, "joules": None, "grams_co2e": None})
     study = load(study_folder)
-    assert study.axes == [axis for axis in AXES if axis not in ("joules", "dollars")]
-    assert study.warnings == ["Not measured in these runs: joules, dollars."]
+    assert study.axes == [axis for axis in AXES if axis not in ("joules", "grams_co2e")]
+    assert study.warnings == ["Not measured in these runs: joules, grams_co2e."]
 
 
 def test_no_axis_at_all(study_folder):
@@ -52,7 +52,7 @@ def test_measured_axes_of_two_devices_are_flagged(study_folder):
     study_folder.add("baseline", LOSSES, device="cpu")
     study_folder.add("rope", LOSSES, device="H100")
     assert load(study_folder).warnings == [
-        "Gains in seconds, joules, dollars compare runs of different devices (H100, cpu) and say little."
+        "Gains in seconds, joules, dollars, grams_co2e compare runs of different devices (H100, cpu) and say little."
     ]
 
 

@@ -261,4 +261,5 @@ def test_axes_come_in_their_usual_order_and_unknown_ones_last(make_gains):
     gains = make_gains(axes={"evaluations": 1, "seconds": 1, "model_flops": 1})
     assert axes_of(gains) == ["model_flops", "seconds", "evaluations"]
     assert axis_label("flops_6nd") == "6ND"
+    assert axis_label("grams_co2e") == "grams CO2e"
     assert axis_label("evaluations") == "evaluations"

@@ -1,9 +1,13 @@
+import errno
 import os
+import resource
 import threading
 
 import pytest
 
 from bench.errors import UserError
+from bench.runs import claim
+from bench.runs.claim import ClaimLost
 from bench.runs.folder import RowFile, RunFolder, read_rows, write_whole
 
 
@@ -21,6 +25,54 @@ def test_a_row_that_was_cut_short_is_no_row(tmp_path):
     with rows.path.open("a") as file:
         file.write('{"step": 2, "lo')
     assert read_rows(rows.path) == [{"step": 1}]
+
+
+@pytest.mark.parametrize("line", ['{"step": 2, "lo', "", "\x00" * 40, "\xff"])
+def test_a_damaged_row_in_the_middle_is_named(tmp_path, line):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n'.encode("latin-1"))
+    with pytest.raises(UserError, match=rf"{path} is not valid JSON: delete the run's folder.* \(line 2\)"):
+        read_rows(path)
+
+
+def on_a_disk_of(size: int, work) -> int:
+    """The status of a process that works where no file can outgrow `size` bytes; 0 where it raised nothing."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+            work()
+            status = 0
+        except OSError as error:
+            status = error.errno
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_row_that_the_disk_has_no_room_for_leaves_nothing(tmp_path):
+    rows = RowFile(tmp_path / "rows.jsonl")
+    rows.append({"step": 1})
+    before = rows.path.read_bytes()
+    assert on_a_disk_of(len(before) + 5, lambda: rows.append({"step": 2})) == errno.EFBIG
+    assert rows.path.read_bytes() == before
+    rows.append({"step": 2})
+    assert read_rows(rows.path) == [{"step": 1}, {"step": 2}]
+
+
+def test_a_file_that_the_disk_has_no_room_for_leaves_nothing(tmp_path):
+    target = tmp_path / "run.json"
+    write_whole(target, "old")
+    assert on_a_disk_of(5, lambda: write_whole(target, "new and longer")) == errno.EFBIG
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+    assert target.read_text() == "old"
+
+
+def test_a_failure_that_cannot_be_noted_hides_nothing(tmp_path):
+    folder = RunFolder(tmp_path)
+    assert on_a_disk_of(5, lambda: folder.fail("Diverged: step 3: loss nan")) == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_rows_go_back_to_a_checkpoint(tmp_path):
@@ -66,7 +118,7 @@ def test_a_resumed_run_keeps_its_description(tmp_path):
 def test_one_process_at_a_time(tmp_path):
     first, second = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
     with first.claimed():
-        assert second.state == "running"
+        assert (second.state, second.host) == ("running", os.uname().nodename)
         with pytest.raises(UserError, match="another process is training"), second.claimed():
             pass
     with second.claimed():
@@ -99,6 +151,61 @@ def test_a_claim_dies_with_its_process(tmp_path):
         os._exit(9)
     os.waitpid(child, 0)
     with folder.claimed():
+        pass
+
+
+@pytest.fixture
+def overtaken(tmp_path, monkeypatch):
+    """A folder whose holder was silent, and its successor on another machine; both believe to hold it."""
+    silent, follower = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
+    monkeypatch.setattr(claim, "BEAT", 10**9)
+    monkeypatch.setattr(claim, "LOOK", 0.001)
+    monkeypatch.setattr(claim, "LOOKS", 3)
+    with silent.claimed():
+        monkeypatch.setattr(claim, "boot_id", lambda: "another boot")
+        monkeypatch.setattr(claim, "_is_locked", lambda descriptor: False)
+        with follower.claimed():
+            yield silent, follower
+
+
+def test_who_was_overtaken_says_neither_done_nor_failed(overtaken):
+    silent, follower = overtaken
+    silent.fail("FileNotFoundError: the other process has deleted an old checkpoint")
+    with pytest.raises(ClaimLost):
+        silent.finish()
+    assert not {"DONE", "FAILED"} & {path.name for path in silent.path.iterdir()}
+    follower.fail("Diverged: step 3")
+    assert follower.failure == "Diverged: step 3"
+    follower.finish()
+    assert silent.state == "done"
+
+
+def test_a_failure_that_is_being_tried_again_has_no_account(tmp_path):
+    assert RunFolder(tmp_path).failure == ""
+
+
+def test_locks_of_earlier_versions_are_nobodys_claim(tmp_path):
+    (tmp_path / ".lock").touch()
+    folder = RunFolder(tmp_path)
+    assert (folder.state, folder.host) == ("absent", None)
+
+
+def test_a_disk_too_full_to_claim_is_a_user_error(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with (
+        pytest.raises(UserError, match=r"cannot write .*: No space left on device; choose another paths\.runs"),
+        RunFolder(tmp_path / "run").claimed(),
+    ):
+        pass
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written_is_a_user_error(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match=r"cannot write .*: Permission denied"), RunFolder(tmp_path).claimed():
         pass
 
 

@@ -1,9 +1,12 @@
+import os
+import shutil
+
 import pytest
 
 from bench.compose import compose_config
 from bench.errors import UserError
 from bench.runs.folder import RunFolder
-from bench.runs.study import plan_study, stand, steps_done, study_experiments
+from bench.runs.study import plan_study, settle_jobs, stand, study_experiments, sum_legs
 from bench.training.schedule import Leg
 
 STUDY = ["study.name=s", "study.scales=[tiny]", "study.variants=[[],[rope],[rope,layer_norm]]", "study.seeds=[0,1]"]
@@ -31,6 +34,27 @@ def test_the_most_special_rates_and_budgets_win():
         ["scale=tiny", "innovation=[rope]", "budgets=[1000000000000.0, 2000000000000.0]", "seed=0", "lr=0.3"],
         ["scale=tiny", "innovation=[rope,layer_norm]", "seed=0", "lr=0.2"],
     ]
+
+
+def test_what_is_composed_once_a_model_is_as_if_each_were_composed():
+    study = [
+        *STUDY,
+        "study.scales=[tiny,quickstart]",
+        "study.variants=[[],[rope,layer_norm],[mqa]]",
+        "study.lrs={default:[0.1,3e-4],mqa:[0.2],quickstart/baseline:[1e-05]}",
+        "study.budgets={mqa:[1e12,2e12]}",
+        "fraction=0.5",
+    ]
+    assert study_experiments(study) == settle_jobs(study, plan_study(study))
+    assert study_experiments(STUDY) == settle_jobs(STUDY, plan_study(STUDY))
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"), [("seeds=[0,-1]", "seed must not"), ("lrs={default:[0]}", "lr must be")]
+)
+def test_seeds_and_rates_are_checked(setting, sentence):
+    with pytest.raises(UserError, match=sentence):
+        study_experiments([*STUDY, f"study.{setting}"])
 
 
 def test_without_rates_the_configuration_decides():
@@ -104,15 +128,50 @@ LEGS = [
 ]
 
 
+def rows_of(trained: int, every: int = 3) -> list[dict]:
+    """The rows of the first `trained` steps: a trunk step takes 1 s and 10 J, one of a branch 5 s and 50 J."""
+    rows, trunk_seconds = [], {0: 0.0}
+    for leg in LEGS:
+        seconds = trunk_seconds[leg["start"]]
+        for step in range(leg["start"] + 1, leg["end"] + 1):
+            if trained == 0:
+                return rows
+            trained -= 1
+            seconds += 1.0 if leg["budget"] is None else 5.0
+            if step % every == 0 or step == leg["end"] or trained == 0:
+                costs = {"seconds": seconds, "joules": 10 * seconds, "dollars": None}
+                rows.append({"step": step, "branch": leg["budget"], **costs})
+        if leg["budget"] is None:
+            trunk_seconds[leg["end"]] = seconds
+    return rows
+
+
 @pytest.mark.parametrize(
-    ("step", "branch", "done"), [(3, None, 3), (8, None, 8), (9, 1e9, 9), (10, 1e9, 10), (9, None, 11), (20, 2e9, 22)]
+    ("trained", "seconds"), [(3, 3), (8, 8), (9, 8 + 5), (10, 8 + 10), (11, 9 + 10), (18, 16 + 10), (22, 16 + 10 + 20)]
 )
-def test_steps_are_counted_over_trunk_and_branches(tmp_path, step, branch, done):
-    folder = RunFolder(tmp_path)
+@pytest.mark.parametrize("every", [1, 3, 100])
+def test_steps_and_costs_are_counted_over_trunk_and_branches(trained, every, seconds):
+    done, costs = sum_legs(rows_of(trained, every), [Leg(**leg) for leg in LEGS])
+    assert (done, costs) == (trained, {"seconds": seconds, "joules": 10 * seconds, "dollars": None})
+
+
+def test_branches_that_begin_at_step_0_have_no_trunk():
+    legs = [Leg(0, 10, 1e9), Leg(0, 20, 2e9)]
+    rows = [{"step": 10, "branch": 1e9, "seconds": 4.0}, {"step": 5, "branch": 2e9, "seconds": 2.0}]
+    assert sum_legs(rows, legs) == (15, {"seconds": 6.0, "joules": None, "dollars": None})
+
+
+def test_what_no_row_tells_is_not_summed():
     legs = [Leg(**leg) for leg in LEGS]
-    assert steps_done(folder, legs) == 0
-    folder.metrics.append({"step": step, "branch": branch})
-    assert steps_done(folder, legs) == done
+    assert sum_legs([], legs) == (0, {})
+    assert sum_legs([{"step": 3, "branch": 5e9, "seconds": 1.0}], legs) == (0, {})
+    without_fork = [row for row in rows_of(10) if row["step"] != 8]
+    assert sum_legs(without_fork, legs) == (10, {"seconds": None, "joules": None, "dollars": None})
+    partly = rows_of(22)
+    partly[0]["joules"] = None  # a row inside a leg does not count
+    assert sum_legs(partly, legs)[1]["joules"] == 460.0
+    next(row for row in partly if row["step"] == 8)["joules"] = None
+    assert sum_legs(partly, legs)[1] == {"seconds": 46.0, "joules": None, "dollars": None}
 
 
 def test_standing(overrides, tmp_path):
@@ -130,6 +189,61 @@ def test_standing(overrides, tmp_path):
     assert (standing.state, standing.spent, standing.left) == ("unfinished", 10_000, 12_000)
     folder.finish()
     assert (stand(experiment).spent, stand(experiment).left) == (22_000, 0)
+
+
+RUN = {"flops_per_token": {"model_flops": 10.0}, "tokens_per_step": 100, "legs": LEGS}
+
+
+@pytest.fixture
+def begun(overrides):
+    """An experiment, and its folder with the first ten steps."""
+    experiment = study_experiments([*overrides, "study.scales=[tiny]", "study.variants=[[]]"])[0]
+    folder = RunFolder(experiment.folder)
+    folder.path.mkdir(parents=True)
+    folder.describe("", RUN)
+    for row in rows_of(10):
+        folder.metrics.append(row)
+    return experiment, folder
+
+
+def test_standing_while_it_is_trained(begun):
+    experiment, folder = begun
+    with folder.claimed():
+        standing = stand(experiment)
+    assert (standing.state, standing.host) == ("running", os.uname().nodename)
+    assert standing.costs == {"seconds": 18.0, "joules": 180.0, "dollars": None}
+    assert stand(experiment).host is None
+
+
+def test_standing_while_files_are_written(begun):
+    experiment, folder = begun
+    with folder.metrics.path.open("a") as file:
+        file.write('{"step": 11, "bra')
+    assert stand(experiment).spent == 10_000
+    (folder.path / "run.json.partial").write_text('{"flops')
+    assert stand(experiment).spent == 10_000
+    folder.metrics.path.unlink()
+    assert (stand(experiment).spent, stand(experiment).costs) == (0, {})
+    (folder.path / "run.json").unlink()
+    assert (stand(experiment).state, stand(experiment).spent) == ("absent", 0)
+    shutil.rmtree(folder.path)
+    assert (stand(experiment).state, stand(experiment).spent) == ("absent", 0)
+
+
+def test_a_damaged_file_is_said_and_hides_no_other_trajectory(begun):
+    experiment, folder = begun
+    folder.metrics.path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    standing = stand(experiment)
+    assert (standing.state, standing.costs) == ("unfinished", {})
+    assert "metrics.jsonl is not valid JSON" in standing.error
+
+
+def test_what_vanishes_between_two_looks(begun, monkeypatch):
+    experiment, folder = begun
+    folder.fail("Diverged: step 3")
+    monkeypatch.setattr(RunFolder, "state", "failed")
+    shutil.rmtree(folder.path)
+    assert (stand(experiment).error, stand(experiment).spent) == ("", 0)
 
 
 def test_what_is_left_of_a_trajectory_that_was_not_begun(overrides, data_folder):

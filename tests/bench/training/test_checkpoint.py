@@ -1,5 +1,7 @@
 import json
+import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ from bench.training.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
+from bench.training.generators import seed_generators
 
 
 def make(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -30,7 +33,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def progress(leg: int = 0, at: int = 0) -> Progress:
-    return Progress(leg=leg, step=at, seconds=1.5, joules=None, metrics_size=10, results_size=20)
+    return Progress(leg=leg, step=at, seconds=1.5, joules=None, rows=7, metrics_size=10, results_size=20)
 
 
 def test_training_goes_on_with_the_same_bits(tmp_path):
@@ -51,9 +54,39 @@ def test_training_goes_on_with_the_same_bits(tmp_path):
         assert all(torch.equal(value, theirs["state"][index][key]) for key, value in entries.items())
 
 
+@pytest.mark.parametrize("draws", [0, 1])  # a normal number drawn by itself leaves another one waiting
+def test_every_generator_goes_on_where_it_was(tmp_path, draws):
+    model, optimizer = make()
+    seed_generators(5, rank=0)
+    for _ in range(draws):
+        draw()
+    path = save_checkpoint(tmp_path, progress(), model, optimizer)
+    drawn = [draw(), draw()]
+    seed_generators(6, rank=0)
+    load_checkpoint(path, model, optimizer)
+    assert [draw(), draw()] == drawn
+
+
+def draw() -> tuple[float, ...]:
+    normal = np.random.standard_normal()  # noqa: NPY002
+    return torch.rand(()).item(), random.random(), random.gauss(), np.random.random(), normal  # noqa: NPY002
+
+
+def test_every_process_draws_its_own():
+    drawn = []
+    for seed, rank in ((1, 0), (1, 1), (2, 0)):
+        seed_generators(seed, rank)
+        drawn.append(draw())
+    assert all(len(set(column)) == 3 for column in zip(*drawn, strict=True))
+    seed_generators(1, rank=0)
+    torch_alone = torch.rand(())
+    torch.manual_seed(1)
+    assert torch.rand(()) == torch_alone  # what one process draws is known by its seed alone
+
+
 def test_nothing_needs_unpickling(tmp_path):
     path = save_checkpoint(tmp_path, progress(), *make())
-    assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
+    assert {file.suffix for file in path.rglob("*") if file.is_file()} == {".safetensors", ".json"}
 
 
 def test_the_newest_comes_first_whatever_the_number_of_digits(tmp_path):
@@ -65,12 +98,13 @@ def test_the_newest_comes_first_whatever_the_number_of_digits(tmp_path):
     assert newest_checkpoint(tmp_path) == (tmp_path / progress(1000, 0).name, [])
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "missing", "account"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "missing", "account cut", "account changed", "earlier layout"])
 def test_damage_is_noticed_and_passed_over(tmp_path, damage):
     model, optimizer = make()
     good = save_checkpoint(tmp_path, progress(0, 1), model, optimizer)
     bad = save_checkpoint(tmp_path, progress(0, 2), model, optimizer)
-    file = bad / "training.safetensors"
+    (file,) = (bad / "training").iterdir()
+    account = bad / "progress.json"
     content = bytearray(file.read_bytes())
     if damage == "cut":
         file.write_bytes(content[:-1])
@@ -79,17 +113,22 @@ def test_damage_is_noticed_and_passed_over(tmp_path, damage):
         file.write_bytes(content)
     elif damage == "missing":
         file.unlink()
+    elif damage == "account cut":
+        account.write_text(account.read_text()[:-9])
+    elif damage == "account changed":
+        account.write_text(account.read_text().replace('"step": 2', '"step": 3'))
     else:
-        (bad / "progress.json").write_text('{"leg": 0, "st')
+        account.write_text('{"leg": 0, "step": 2, "seconds": 1.5, "joules": null, "hashes": {}}')
     assert newest_checkpoint(tmp_path) == (good, [bad])
 
 
 def test_an_interrupted_write_is_no_checkpoint(tmp_path, monkeypatch):
     model, optimizer = make()
     good = save_checkpoint(tmp_path, progress(0, 1), model, optimizer)
-    monkeypatch.setattr(json, "dumps", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        save_checkpoint(tmp_path, progress(0, 2), model, optimizer)
+    with monkeypatch.context() as patch:
+        patch.setattr(json, "dumps", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            save_checkpoint(tmp_path, progress(0, 2), model, optimizer)
     assert newest_checkpoint(tmp_path) == (good, [])
     prune_checkpoints(tmp_path, keep=set())
     assert list(tmp_path.iterdir()) == [good]

@@ -1,7 +1,7 @@
 import json
 import math
+import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -20,6 +20,7 @@ from bench.runs.folder import RunFolder, read_rows
 from bench.runs.mirror import NoMirror
 from bench.training.device import open_device
 from bench.training.schedule import WSD
+from bench.training.train import train
 from bench.training.trainer import Diverged, Trainer
 
 ROOT = Path(__file__).parents[3]
@@ -42,7 +43,7 @@ def final_weights(trainer_or_folder) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     (newest,) = trainer_or_folder.checkpoints.iterdir()
-    return load_file(newest / "model.safetensors")
+    return {name: tensor for path in (newest / "weights").iterdir() for name, tensor in load_file(path).items()}
 
 
 def assert_same_run(one: RunFolder, other: RunFolder) -> None:
@@ -153,28 +154,51 @@ def test_rows_written_after_the_checkpoint_are_not_doubled(overrides, tmp_path):
 
 
 @pytest.mark.slow
-def test_kill_minus_nine_anywhere(overrides, tmp_path):
-    """Also where the machine offers another number of threads after the kill."""
-    common = [*overrides, "model.dropout=0.1", "logging.checkpoint_seconds=0.05", "budgets=[3e8,9e8,27e8]"]
+def test_thirty_kills_leave_the_same_bits(overrides, tmp_path):
+    """In trunk and branches, while rows and checkpoints are written."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bench.training.train"])  # loads the libraries once for all processes
+    common = [*overrides, "model.dropout=0.1", "logging.checkpoint_seconds=0.02", "budgets=[6e8,30e8,80e8]"]
+    common += ["device.threads=1"]  # as this process has
     whole = make_trainer(common, f"paths.runs={tmp_path}/whole")
     whole.run(NoMirror())
-    command = [sys.executable, "-m", "bench", "train", *common]
-    rows = settle(compose_config(common)).folder / "metrics.jsonl"
+    config = compose_config(common)
+    folder = RunFolder(settle(config).folder)
     generator = np.random.default_rng(0)
     kills = 0
-    for threads in ("1", "2", "1", "2"):
-        size = rows.stat().st_size if rows.exists() else 0
-        environment = {**os.environ, "OMP_NUM_THREADS": threads}
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env=environment)
-        while process.poll() is None and not (rows.exists() and rows.stat().st_size > size):
-            time.sleep(0.01)
-        time.sleep(generator.uniform(0, 0.5))
-        kills += process.poll() is None
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert kills > 0
-    assert subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode == 0
-    assert_same_run(whole.folder, RunFolder(rows.parent))
+    while kills < 30 and folder.state != "done":
+        size = folder.metrics.size
+        process = context.Process(target=train, args=(config,))
+        process.start()
+        while process.is_alive() and folder.metrics.size <= size:
+            time.sleep(0.001)
+        time.sleep(generator.uniform(0, 0.1))
+        kills += process.is_alive()
+        process.kill()
+        process.join()
+    assert kills == 30
+    assert train(config) == folder.path
+    assert_same_run(whole.folder, folder)
+
+
+@pytest.mark.slow
+def test_a_resumed_trajectory_keeps_its_number_of_threads(overrides, tmp_path):
+    """The order of a sum depends on it: another number offered after a kill must not change a bit."""
+    common = [*overrides, "logging.checkpoint_seconds=0.05", "budgets=[3e8,9e8]", "device.micro_batch=1"]
+    folders = []
+    for runs, offers in (("whole", ["2"]), ("cut", ["2", "1"])):
+        arguments = [*common, f"paths.runs={tmp_path}/{runs}"]
+        folders.append(RunFolder(settle(compose_config(arguments)).folder))
+        for threads in offers:
+            environment = {**os.environ, "OMP_NUM_THREADS": threads}
+            process = subprocess.Popen([sys.executable, "-m", "bench", "train", *arguments], cwd=ROOT, env=environment)
+            while threads != offers[-1] and process.poll() is None and not folders[-1].metrics.size:
+                time.sleep(0.01)
+            if threads != offers[-1]:
+                process.kill()
+            process.wait()
+    assert [folder.run()["threads"] for folder in folders] == [2, 2]
+    assert_same_run(*folders)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 3, 4, 100])
@@ -253,7 +277,7 @@ def test_a_damaged_checkpoint_is_passed_over(overrides, tmp_path, capsys):
     with pytest.raises(Cut):
         trainer.run(NoMirror())
     newest = sorted(trainer.folder.checkpoints.iterdir())[-1]
-    weights = newest / "model.safetensors"
+    (weights,) = (newest / "weights").iterdir()
     weights.write_bytes(weights.read_bytes()[:-10])
     again = make_trainer(overrides, "logging.progress=lines")
     again.run(NoMirror())
@@ -268,7 +292,7 @@ def test_a_trunk_does_not_go_on_from_a_damaged_fork(overrides):
 
     def damage_the_fork():
         if trainer.progress.leg == branch:
-            weights = trainer.leg_start / "model.safetensors"
+            (weights,) = (trainer.leg_start / "weights").iterdir()
             weights.write_bytes(weights.read_bytes()[:-1] + b"!")
         return evaluate()
 

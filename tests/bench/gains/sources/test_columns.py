@@ -117,7 +117,7 @@ class TestDerivedCosts:
         results = self.read(flops=[1e15, 2e15], optimizer_flops=[0.0, 1e12])
         assert results["model_flops_with_optimizer"].to_list() == [1e15, 2.001e15]
 
-    @pytest.mark.parametrize("axis", ["seconds", "joules", "dollars", "tokens", "flops_palm"])
+    @pytest.mark.parametrize("axis", ["seconds", "joules", "dollars", "grams_co2e", "tokens", "flops_palm"])
     def test_any_one_cost_is_enough(self, axis):
         results = self.read(**{axis: [10.0, 20.0]})
         assert results[axis].to_list() == results["budget"].to_list() == [10.0, 20.0]

@@ -1,0 +1,47 @@
+"""A model spread over the processes of a world: each holds all of it (DDP), or its share (FSDP2).
+
+In both, every process computes the mean loss over its own, equally large share of the batch, and gradients are averaged
+over processes: the sum is that of one process with the whole batch, up to rounding.
+"""
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from bench.training.world import World
+from models.gpt import GPT
+
+
+def spread(model: GPT, kind: str, device: torch.device, world: World) -> tuple[nn.Module, Callable[[bool], None]]:
+    """What to call instead of `model`, and a switch for whether the next backward pass averages gradients.
+
+    The parameters remain those of `model`, under their own names; with FSDP they become DTensors.
+    """
+    if world.size == 1:
+        return model, lambda on: None
+    if kind == "fsdp":
+        # Of an in-place change to what the model returns; the trainer makes none.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+        mesh = init_device_mesh(device.type, (world.size,))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        sharded = fully_shard(model, mesh=mesh)
+        return sharded, sharded.set_requires_gradient_sync
+    devices = [device] if device.type == "cuda" else None
+    replica = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+
+    def switch(on: bool) -> None:  # DDP reads it in the forward and in the backward pass, so `no_sync` must span both
+        replica.require_backward_grad_sync = on
+
+    return replica, switch
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or all of one whose shares lie on several processes."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
