@@ -1,14 +1,13 @@
 """The commands of the command line, one function each. What a command needs is imported when it runs."""
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from bench.compose import GAINS_FOLDER, choices, compose_config, launch, override_key, split_sweep
-from bench.config import Experiment, variant_name
+from bench.compose import GAINS_FOLDER, choices, compose_config, override_key
+from bench.config import one_line, variant_name
 from bench.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,7 +25,9 @@ def prepare(overrides: list[str]) -> int:
 def train(overrides: list[str]) -> int:
     without_flag = [override for override in overrides if override not in ("-m", "--multirun")]
     if len(without_flag) < len(overrides):
-        return train_many(without_flag)
+        from bench.sweep import train_sweep
+
+        return train_sweep(without_flag)
     from bench.training.train import train as train_trajectory
 
     print(train_trajectory(compose_config(with_study_settings(overrides))))
@@ -48,47 +49,19 @@ def with_study_settings(overrides: list[str]) -> list[str]:
     return [*overrides, *budgets, *rates[0]]
 
 
-def train_many(overrides: list[str]) -> int:
-    """Every trajectory of a study, or of a plain sweep; those that failed are listed last."""
-    from bench.data import open_dataset
-    from bench.runs.folder import RunFolder
-    from bench.runs.study import plan_study, settle_jobs
-    from bench.training.plan import plan_ahead
-    from bench.training.train import train_in_turn
-
-    if any(override_key(override) == "study" for override in overrides):
-        shared, jobs = overrides, plan_study(overrides)
-    else:
-        shared, jobs = split_sweep(overrides)
-    experiments = settle_jobs(shared, jobs)
-    waiting = [n for n, experiment in enumerate(experiments) if RunFolder(experiment.folder).state != "done"]
-    print(f"{len(jobs)} trajectories, {len(jobs) - len(waiting)} of them done", flush=True)
-    if not waiting:
-        return 0
-    for n in waiting:
-        # Data are prepared here, and not in every worker; a mistake in the settings ends the sweep before it begins.
-        dataset = open_dataset(experiments[n].data, Path(experiments[n].paths.data), progress=print)
-        plan_ahead(experiments[n], dataset.vocabulary_size)
-    launch(shared, [[*jobs[n], f"logging.label={n + 1}/{len(jobs)}"] for n in waiting], train_in_turn)
-    return report_failures([experiments[n] for n in waiting])
-
-
-def report_failures(experiments: list[Experiment]) -> int:
-    """Lists the trajectories that are not done; the exit status is 1 where there are any."""
-    from bench.runs.folder import RunFolder
-
-    failed = [folder for folder in (RunFolder(e.folder) for e in experiments) if folder.state != "done"]
-    for folder in failed:
-        why = folder.failure if folder.state == "failed" else folder.state
-        print(f"failed: {folder.path}: {why}", file=sys.stderr)
-    return 1 if failed else 0
-
-
 def status(overrides: list[str]) -> int:
-    from bench.report.status import print_status
+    """How each trajectory of a study stands, once or every `watch` seconds."""
+    from bench.report.status import print_status, watch_status
     from bench.runs.study import stand, study_experiments
 
-    print_status([stand(experiment) for experiment in study_experiments(overrides)])
+    seconds = compose_config(overrides).watch
+    if seconds < 0:
+        raise UserError("watch must be 0 (look once) or the seconds between two looks")
+    experiments = study_experiments(overrides)
+    if seconds:
+        watch_status(experiments, seconds)
+    else:
+        print_status([stand(experiment) for experiment in experiments])
     return 0
 
 
@@ -172,6 +145,64 @@ def write_gains(found: dict[str, Any], folder: Path) -> dict[str, Path]:
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}; choose another output") from None
     return files
+
+
+def report(overrides: list[str]) -> int:
+    """Writes a study's tables and page again from its gains.json; with --wandb also to W&B."""
+    settings = [override for override in overrides if override != "--wandb"]
+    config = compose_config(settings)
+    to_wandb = len(settings) < len(overrides)
+    if to_wandb and config.wandb.mode == "disabled":
+        raise UserError("--wandb needs to know where to: add wandb=online or wandb=offline")
+    folder = Path(config.output or Path(config.paths.runs) / config.study.name)
+    found = read_gains(folder / "gains.json", config.study.name)
+    files = write_gains(found, folder)
+    for what, file in files.items():
+        print(f"{what}: {file.resolve()}")
+    if to_wandb:
+        from bench.report.wandb import publish
+
+        print(f"W&B: {publish(found, files, OmegaConf.to_object(config.wandb), config.study.name)}")
+    return 0
+
+
+def read_gains(file: Path, study: str) -> dict[str, Any]:
+    """The contents of a study's gains.json.
+
+    Raises:
+        UserError: it is not there, is damaged, or another version of this project wrote it.
+    """
+    from bench.gains.compute import SCHEMA
+
+    again = f"run `python -m bench gains study={study}` first"
+    try:
+        gains = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise UserError(f"there is no {file}: {again}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {file}: {one_line(error)}; {again}") from None
+    if not isinstance(gains, dict) or gains.get("schema") != SCHEMA:
+        raise UserError(f"{file} was written by another version of this project: {again}")
+    return gains
+
+
+def wandb_sync(overrides: list[str]) -> int:
+    """Uploads to W&B the rows of every trajectory of a study that it lacks."""
+    from bench.runs.folder import RunFolder
+    from bench.runs.study import study_experiments
+    from bench.runs.upload import Incomplete, upload
+
+    begun = [experiment for experiment in study_experiments(overrides) if RunFolder(experiment.folder).described]
+    if not begun:
+        raise UserError("no trajectory of this study has been trained here yet: train it, or name its paths.runs=")
+    incomplete = False
+    for number, experiment in enumerate(begun, start=1):
+        try:
+            told = upload(experiment)
+        except Incomplete as error:
+            told, incomplete = str(error), True
+        print(f"{number}/{len(begun)} {experiment.folder}: {told}", flush=True)
+    return 1 if incomplete else 0
 
 
 def speed(overrides: list[str]) -> int:

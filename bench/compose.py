@@ -1,17 +1,14 @@
-"""From command-line overrides to configurations, and from a sweep to jobs, with Hydra."""
+"""From command-line overrides to configurations, with Hydra."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -20,6 +17,7 @@ from bench.errors import UserError
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "conf"
 GAINS_FOLDER = CONFIG_FOLDER / "gains"  # the root for results that were not trained here
+LAUNCHERS = ("basic", "joblib", "submitit_local", "submitit_slurm", "ray")
 
 
 @contextmanager
@@ -28,6 +26,7 @@ def hydra_session(folder: Path = CONFIG_FOLDER) -> Iterator[None]:
     register_configs()
     try:
         with initialize_config_dir(config_dir=str(folder), version_base="1.3", job_name="bench"):
+            name_plugins_launchers()
             yield
     except MissingConfigException as error:
         raise UserError(missing_choice(error, folder)) from None
@@ -37,8 +36,21 @@ def hydra_session(folder: Path = CONFIG_FOLDER) -> Iterator[None]:
         raise UserError(one_line(error)) from None
 
 
+def name_plugins_launchers() -> None:
+    """Renames a plugin's launcher to NAME_plugin, so that conf/hydra/launcher/NAME.yaml can build on it."""
+    plugins = ConfigStore.instance().repo["hydra"]["launcher"]
+    for name in choices("hydra/launcher"):
+        if f"{name}.yaml" in plugins:
+            ConfigStore.instance().store(f"{name}_plugin", plugins.pop(f"{name}.yaml").node, group="hydra/launcher")
+
+
 def missing_choice(error: MissingConfigException, folder: Path) -> str:
     group, _, choice = (error.missing_cfg_file or "").rpartition("/")
+    if group == "hydra/launcher":
+        launcher = choice.removesuffix("_plugin")
+        if launcher in LAUNCHERS:
+            return f"hydra/launcher={launcher} needs packages that are not installed: pip install -e .[cluster]"
+        return f"hydra/launcher={choice} is unknown: choose from {', '.join(LAUNCHERS)}"
     offered = choices(group, folder)
     if not group or not offered:
         return one_line(error)
@@ -81,32 +93,3 @@ def split_sweep(overrides: Sequence[str]) -> tuple[list[str], list[list[str]]]:
             if override.is_sweep_override()
         ]
     return shared, [list(job) for job in itertools.product(*choices)]
-
-
-def launch(overrides: Sequence[str], jobs: Sequence[Sequence[str]], task: Callable[[DictConfig], Any]) -> list[Any]:
-    """Runs `task` once a job through the chosen `hydra/launcher`.
-
-    A study's trajectories are no product of lists (each variant has its own learning rates), so the jobs go to the
-    launcher as they are instead of through a sweeper.
-
-    Args:
-        overrides: what all jobs share.
-        jobs: the overrides of each job.
-        task: a function that can be pickled.
-    Returns:
-        Hydra's JobReturn for each job.
-    """
-    with hydra_session():
-        hydra = GlobalHydra.instance().hydra
-        assert hydra is not None
-        config = hydra.compose_config("config", list(overrides), run_mode=RunMode.MULTIRUN)
-        context = HydraContext(config_loader=hydra.config_loader, callbacks=_callbacks(config))
-        launcher = Plugins.instance().instantiate_launcher(config=config, hydra_context=context, task_function=task)
-        shared = list(config.hydra.overrides.task)  # the launcher itself passes on only those of `hydra`
-        return list(launcher.launch([[*shared, *job] for job in jobs], initial_job_idx=0))
-
-
-def _callbacks(config: DictConfig) -> Any:
-    from hydra._internal.callbacks import Callbacks  # a launcher cannot be made without one
-
-    return Callbacks(config)

@@ -35,6 +35,10 @@ SIZE = 512  # bytes of every claim: a heartbeat overwrites the one before and ne
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
+class FolderTaken(UserError):
+    """A living process trains in the folder."""
+
+
 class ClaimLost(TrajectoryFailed):
     """The folder is another process's now, or gone: this process must not write there any more."""
 
@@ -189,15 +193,13 @@ class Claim:
         os.close(self._descriptor)
 
 
-def take_claim(folder: Path, *, wait: bool) -> Claim:
+def take_claim(folder: Path) -> Claim:
     """Takes the folder over, unless a living process trains in it.
 
     Where only time can tell whether the holder lives, it is watched for up to `LOOK` x `LOOKS` seconds.
 
-    Args:
-        wait: until the holder lets go of the folder or dies.
     Raises:
-        UserError: a living process holds it, and this one is not to wait.
+        FolderTaken: a living process holds it.
         OSError: the folder cannot be written.
     """
     before, unchanged = Sighting(0), 0
@@ -205,14 +207,14 @@ def take_claim(folder: Path, *, wait: bool) -> Claim:
         seen = look(folder)
         same = seen.number == before.number
         beats = same and seen.content != before.content
-        unchanged = unchanged + 1 if same and not beats else 0
+        unchanged = unchanged + 1 if same else 0
         if seen.free or (seen.free is None and unchanged >= LOOKS):
             if claim := _create(folder, seen.number + 1):
                 return claim
-        elif not wait and (seen.free is False or beats):
-            raise UserError(f"another process is training {folder} ({seen.holder}): wait for it or stop it")
+        elif seen.free is False or beats:
+            raise FolderTaken(f"another process is training {folder} ({seen.holder}): wait for it or stop it")
         elif not same:
-            print(f"{folder} is claimed by {seen.holder}: waiting until that ends or falls silent", file=sys.stderr)
+            print(f"{folder} is claimed by {seen.holder}: watching whether that still lives", file=sys.stderr)
         before = seen
         time.sleep(LOOK)
 

@@ -115,17 +115,15 @@ class RunFolder:
             return None
 
     @contextmanager
-    def claimed(self, *, wait: bool = False) -> Iterator[Claim]:
+    def claimed(self) -> Iterator[Claim]:
         """Held while a process trains here; the claim dies with the process.
 
-        Args:
-            wait: until another process has let go of it.
         Raises:
             UserError: the folder cannot be written, or another process holds it.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._claim = claim = take_claim(self.path, wait=wait)
+            self._claim = claim = take_claim(self.path)
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}; choose another paths.runs") from None
         try:

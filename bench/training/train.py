@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from bench.config import Experiment, settle
 from bench.data import Dataset, open_dataset
 from bench.errors import Stopped, UserError
-from bench.runs.claim import ClaimLost
+from bench.runs.claim import ClaimLost, FolderTaken
 from bench.runs.folder import RunFolder
 from bench.runs.mirror import NoMirror, open_mirror
 from bench.training.device import Device, open_device
@@ -31,18 +31,18 @@ from bench.training.workers import start_workers, workers_to_start
 from bench.training.world import World, find_world, joined
 from kernels import backend
 
+TAKEN = "another process trains it"
 PACKAGES = ("torch", "numpy", "triton")
 # What the disk may say to a write, and only the user can mend.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
 
 
-def train(config: DictConfig, *, wait: bool = False) -> Path:
+def train(config: DictConfig) -> Path:
     """Trains the trajectory of a composed configuration, unless it is done, and returns its folder.
 
-    Args:
-        wait: where another process is training it, wait until that has stopped.
     Raises:
-        UserError: a mistake in the settings, not enough memory, or a disk that cannot be written.
+        UserError: a mistake in the settings, not enough memory, a disk that cannot be written, or another process that
+            trains it.
         Diverged: the loss or a gradient was not finite; FAILED in the folder holds the account.
         ClaimLost: this process was suspended for so long that another one took the folder over.
         Stopped: a signal asked for it; the trajectory goes on from there when it is trained again.
@@ -52,13 +52,13 @@ def train(config: DictConfig, *, wait: bool = False) -> Path:
     if folder.state == "done":
         return folder.path
     if processes := workers_to_start(experiment.device):
-        start_workers(processes, train_as_worker, config, wait)
+        start_workers(processes, train_as_worker, config)
         return folder.path
     world = find_world()
     with joined(world), ExitStack() as stack:
 
         def claim() -> bool:
-            stack.enter_context(folder.claimed(wait=wait))
+            stack.enter_context(folder.claimed())
             return folder.state != "done"
 
         if world.first(claim):
@@ -95,17 +95,21 @@ def _fail(folder: RunFolder, world: World, account: str) -> None:
         folder.fail(account)
 
 
-def train_as_worker(config: DictConfig, wait: bool) -> None:
+def train_as_worker(config: DictConfig) -> None:
     """One of the processes that a job starts for its trajectory."""
     end_with_parent()
-    train(config, wait=wait)
+    train(config)
 
 
-def train_in_turn(config: DictConfig) -> None:
-    """The job of a sweep. A worker may outlive a killed sweep for a moment: the sweep's successor waits for it."""
+def train_in_turn(config: DictConfig) -> str | None:
+    """The job of a sweep; returns TAKEN where another process trains the trajectory, which is then left to it."""
     if multiprocessing.parent_process() is not None:
         end_with_parent()
-    train(config, wait=True)
+    try:
+        train(config)
+    except FolderTaken:
+        return TAKEN
+    return None
 
 
 @cache

@@ -21,6 +21,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from bench.config import DeviceConfig
 from bench.errors import Stopped, TrajectoryFailed, UserError
+from bench.runs.claim import FolderTaken
 from bench.training.signals import StopSignals
 from bench.training.world import step_address, tasks_of_step
 
@@ -100,9 +101,8 @@ def _what_failed(failure: ProcessFailure) -> Exception:
         return TrajectoryFailed(f"a worker was killed by signal {-failure.exitcode}: start it again to go on")
     message = failure.message["message"] if isinstance(failure.message, dict) else failure.message
     kind, _, text = message.partition(": ")
-    if kind == "UserError":
-        return UserError(text)
-    return TrajectoryFailed(text if kind == "Diverged" else message)
+    kinds = {"UserError": UserError, "FolderTaken": FolderTaken, "Diverged": TrajectoryFailed}
+    return kinds[kind](text) if kind in kinds else TrajectoryFailed(message)
 
 
 def _pass_on(number: int) -> None:

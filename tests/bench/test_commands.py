@@ -163,6 +163,24 @@ def test_a_plain_sweep(overrides, capsys):
     assert "4 trajectories, 4 of them done" in capsys.readouterr().out
 
 
+def test_the_dearest_trajectories_go_first(overrides, monkeypatch, capsys):
+    from bench import sweep
+
+    sent = []
+
+    def lose(shared, jobs, *_):
+        sent.extend(jobs)
+        return ["the job was lost: NODE_FAIL", None, None]
+
+    monkeypatch.setattr(sweep, "launch", lose)
+    assert main(["train", "-m", *overrides, "budgets=[30000000],[140000000],[70000000]"]) == 1
+    assert [job[0] for job in sent] == ["budgets=[140000000]", "budgets=[70000000]", "budgets=[30000000]"]
+    assert [job[-1] for job in sent] == ["logging.label=1/3", "logging.label=2/3", "logging.label=3/3"]
+    first, *others = capsys.readouterr().err.splitlines()
+    assert first.endswith("the job was lost: NODE_FAIL")
+    assert [line.rpartition(": ")[2] for line in others] == ["absent", "absent"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])
 def test_a_study_from_training_to_report(study, launcher, capsys):

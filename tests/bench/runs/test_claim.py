@@ -68,45 +68,45 @@ def claims_in(folder) -> list[str]:
 
 
 def test_a_claim_names_its_holder_and_keeps_others_out(tmp_path):
-    held = take_claim(tmp_path, wait=False)
+    held = take_claim(tmp_path)
     held.check()
     assert holding_host(tmp_path) == os.uname().nodename
     with pytest.raises(UserError, match=rf"training {tmp_path} \(process {os.getpid()} on {os.uname().nodename}\)"):
-        take_claim(tmp_path, wait=False)
+        take_claim(tmp_path)
     held.release()
     assert holding_host(tmp_path) is None
 
 
 def test_turns_leave_one_file(tmp_path):
     for _ in range(3):
-        take_claim(tmp_path, wait=False).release()
+        take_claim(tmp_path).release()
     assert claims_in(tmp_path) == [".claim-000003"]
 
 
 def test_nobody_claims_a_folder_that_is_not_there(tmp_path):
     assert holding_host(tmp_path / "run") is None
     with pytest.raises(OSError, match="No such file"):
-        take_claim(tmp_path / "run", wait=False)
+        take_claim(tmp_path / "run")
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_process_is_followed_at_once(tmp_path, end):
-    child = in_child(lambda: (take_claim(tmp_path, wait=False), signal.pause()))
+    child = in_child(lambda: (take_claim(tmp_path), signal.pause()))
     wait_until(lambda: bool(look(tmp_path).account))
     os.kill(child, end)
     assert status_of(child) == -end
     assert holding_host(tmp_path) is None
-    take_claim(tmp_path, wait=False).release()
+    take_claim(tmp_path).release()
 
 
 def test_a_suspended_process_of_this_machine_keeps_its_claim(tmp_path, monkeypatch):
-    child = in_child(lambda: (take_claim(tmp_path, wait=False), signal.pause()))
+    child = in_child(lambda: (take_claim(tmp_path), signal.pause()))
     wait_until(lambda: bool(look(tmp_path).account))
     os.kill(child, signal.SIGSTOP)
     os.waitpid(child, os.WUNTRACED)
     monkeypatch.setattr(claim, "LOOKS", 3)
     with pytest.raises(UserError, match=f"process {child} on"):
-        take_claim(tmp_path, wait=False)
+        take_claim(tmp_path)
     os.kill(child, signal.SIGKILL)
     assert status_of(child) == -signal.SIGKILL
 
@@ -114,7 +114,7 @@ def test_a_suspended_process_of_this_machine_keeps_its_claim(tmp_path, monkeypat
 def test_a_suspended_process_of_another_machine_is_overtaken_and_told(tmp_path, monkeypatch, elsewhere):
     def train_until_overtaken() -> None:
         claim.BEAT = 0.01
-        held = take_claim(tmp_path, wait=False)
+        held = take_claim(tmp_path)
         wait_until(lambda: held.lost)
         with pytest.raises(ClaimLost):
             held.check()
@@ -124,11 +124,11 @@ def test_a_suspended_process_of_another_machine_is_overtaken_and_told(tmp_path, 
     wait_until(lambda: bool(look(tmp_path).account))
     elsewhere()
     with pytest.raises(UserError, match=f"process {child} on"):
-        take_claim(tmp_path, wait=False)
+        take_claim(tmp_path)
     os.kill(child, signal.SIGSTOP)
     os.waitpid(child, os.WUNTRACED)
     monkeypatch.setattr(claim, "LOOKS", 3)
-    ours = take_claim(tmp_path, wait=False)
+    ours = take_claim(tmp_path)
     os.kill(child, signal.SIGCONT)
     assert status_of(child) == 0
     ours.check()
@@ -137,10 +137,10 @@ def test_a_suspended_process_of_another_machine_is_overtaken_and_told(tmp_path, 
 
 
 def test_who_was_overtaken_says_by_whom(tmp_path, monkeypatch, elsewhere):
-    silent = take_claim(tmp_path, wait=False)
+    silent = take_claim(tmp_path)
     elsewhere()
     monkeypatch.setattr(claim, "LOOKS", 3)
-    ours = take_claim(tmp_path, wait=False)
+    ours = take_claim(tmp_path)
     with pytest.raises(ClaimLost, match=rf"process {os.getpid()} on \S+ has taken over {tmp_path}") as lost:
         silent.check()
     assert isinstance(lost.value, TrajectoryFailed)
@@ -151,54 +151,18 @@ def test_who_was_overtaken_says_by_whom(tmp_path, monkeypatch, elsewhere):
 
 def test_a_heart_that_beats_keeps_another_machine_out(tmp_path, monkeypatch, elsewhere, capsys):
     monkeypatch.setattr(claim, "BEAT", 0.01)
-    held = take_claim(tmp_path, wait=False)
+    held = take_claim(tmp_path)
     elsewhere()
     with pytest.raises(UserError, match="another process is training"):
-        take_claim(tmp_path, wait=False)
-    assert capsys.readouterr().err.count("waiting until that ends or falls silent") == 1
+        take_claim(tmp_path)
+    assert capsys.readouterr().err.count("watching whether that still lives") == 1
     held.release()
-    take_claim(tmp_path, wait=False).release()
-
-
-def test_silence_is_counted_from_the_last_heartbeat(tmp_path, monkeypatch, elsewhere):
-    held, looks = take_claim(tmp_path, wait=False), []
-
-    def beat_every_40_looks_up_to_the_200th(_) -> None:
-        looks.append(None)
-        if len(looks) % 40 == 0 and len(looks) <= 200:
-            held._account["beat"] += 1
-            held._write()
-
-    elsewhere()
-    monkeypatch.setattr(claim, "LOOKS", 50)
-    monkeypatch.setattr(claim.time, "sleep", beat_every_40_looks_up_to_the_200th)
-    follower = take_claim(tmp_path, wait=True)
-    assert len(looks) == 250, "the look after the 200th pause saw the last beat; this is the 50th after that"
-    follower.release()
-    held.release()
-
-
-def test_another_machine_may_wait_for_its_turn(tmp_path, elsewhere):
-    held, turns = take_claim(tmp_path, wait=False), []
-    elsewhere()
-
-    def take_turn() -> None:
-        taken = take_claim(tmp_path, wait=True)
-        turns.append("second")
-        taken.release()
-
-    thread = threading.Thread(target=take_turn)
-    thread.start()
-    thread.join(0.1)
-    turns.append("first")
-    held.release()
-    thread.join(60)
-    assert turns == ["first", "second"]
+    take_claim(tmp_path).release()
 
 
 def test_a_heartbeat_needs_no_room_and_shows_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(claim, "BEAT", 0.0001)
-    held = take_claim(tmp_path, wait=False)
+    held = take_claim(tmp_path)
     path = tmp_path / claims_in(tmp_path)[0]
     seen = set()
 
@@ -224,7 +188,7 @@ def test_of_many_that_start_at_once_one_trains(tmp_path):
             while not start.exists():
                 pass
             try:
-                take_claim(folder, wait=False)
+                take_claim(folder)
                 (tried / f"{os.getpid()} won").touch()
             except UserError:
                 (tried / f"{os.getpid()} lost").touch()
@@ -256,7 +220,15 @@ def test_of_many_that_judge_a_holder_dead_one_follows(tmp_path):
         winner.release()
 
 
-def test_processes_that_wait_never_train_together(tmp_path):
+def take_turn(folder):
+    while True:
+        try:
+            return take_claim(folder)
+        except UserError:
+            time.sleep(0.001)
+
+
+def test_processes_that_take_turns_never_train_together(tmp_path):
     """A count that is read, and written back later, comes out right only if nobody comes between."""
     folder, count = tmp_path / "run", tmp_path / "count"
     folder.mkdir()
@@ -264,7 +236,7 @@ def test_processes_that_wait_never_train_together(tmp_path):
 
     def work() -> None:
         for _ in range(10):
-            held = take_claim(folder, wait=True)
+            held = take_turn(folder)
             before = int(count.read_text())
             time.sleep(0.001)
             held.check()
@@ -278,20 +250,20 @@ def test_processes_that_wait_never_train_together(tmp_path):
 
 def test_a_number_that_was_used_before_is_not_used_again(tmp_path):
     """A process that looked when claim 0 was the newest, and creates claim 1 only after claim 2 was taken."""
-    take_claim(tmp_path, wait=False).release()
-    held = take_claim(tmp_path, wait=False)
+    take_claim(tmp_path).release()
+    held = take_claim(tmp_path)
     assert claims_in(tmp_path) == [".claim-000002"]
     assert claim._create(tmp_path, 1) is None
     held.check()
     held.release()
-    take_claim(tmp_path, wait=False).release()
+    take_claim(tmp_path).release()
     assert claims_in(tmp_path) == [".claim-000003"]
 
 
 def test_a_folder_that_was_removed_is_not_written_again(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    held = take_claim(folder, wait=False)
+    held = take_claim(folder)
     shutil.rmtree(folder)
     with pytest.raises(ClaimLost, match=f"{folder} was removed"):
         held.check()
@@ -305,7 +277,7 @@ def test_a_process_killed_before_it_wrote_its_name(tmp_path, monkeypatch):
         patch.setattr(claim, "LOOK", 1.0)
         assert holding_host(tmp_path) == "?"
     monkeypatch.setattr(claim, "LOOKS", 3)
-    held = take_claim(tmp_path, wait=False)
+    held = take_claim(tmp_path)
     assert held.number == 8
     held.release()
 
@@ -317,20 +289,20 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     monkeypatch.setattr(claim, "BEAT", 0.01)
     with monkeypatch.context() as patch:
         patch.setattr(claim.fcntl, "flock", refuse)
-        held = take_claim(tmp_path, wait=False)
+        held = take_claim(tmp_path)
         with pytest.raises(UserError, match="another process is training"):
-            take_claim(tmp_path, wait=False)
+            take_claim(tmp_path)
     # The locks came back, and the holder has none: that is no sign of its death.
     with pytest.raises(UserError, match="another process is training"):
-        take_claim(tmp_path, wait=False)
+        take_claim(tmp_path)
     held.release()
-    take_claim(tmp_path, wait=False).release()
+    take_claim(tmp_path).release()
 
 
 @pytest.mark.parametrize("why", [errno.ENOENT, errno.ESTALE])
 def test_a_claim_that_is_overtaken_while_it_is_looked_at(tmp_path, monkeypatch, why):
     """ESTALE is what NFS says of an open file that another machine has deleted."""
-    take_claim(tmp_path, wait=False).release()
+    take_claim(tmp_path).release()
 
     def vanish(*_):
         raise OSError(why, os.strerror(why))
@@ -345,7 +317,7 @@ def test_a_claim_that_is_overtaken_while_it_is_looked_at(tmp_path, monkeypatch, 
 
 
 def test_a_full_disk_leaves_no_claim(tmp_path, monkeypatch):
-    take_claim(tmp_path, wait=False).release()
+    take_claim(tmp_path).release()
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -353,15 +325,15 @@ def test_a_full_disk_leaves_no_claim(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(claim.os, "pwrite", full)
         with pytest.raises(OSError, match="No space left"):
-            take_claim(tmp_path, wait=False)
+            take_claim(tmp_path)
     assert claims_in(tmp_path) == [".claim-000001"]
-    take_claim(tmp_path, wait=False).release()
+    take_claim(tmp_path).release()
 
 
 @pytest.mark.parametrize("read_only", [False, True])
 @pytest.mark.parametrize(("age", "alive"), [(0, True), (-3600, False), (3600, False)])
 def test_what_one_look_tells_of_another_machine(tmp_path, monkeypatch, elsewhere, read_only, age, alive):
-    held = take_claim(tmp_path, wait=False)
+    held = take_claim(tmp_path)
     elsewhere()
     monkeypatch.setattr(claim, "LOOK", 1.0)
     monkeypatch.setattr(claim, "LOOKS", 600)

@@ -1,7 +1,6 @@
 import errno
 import os
 import resource
-import threading
 
 import pytest
 
@@ -124,23 +123,6 @@ def test_one_process_at_a_time(tmp_path):
     with second.claimed():
         pass
     assert first.state == "absent"
-
-
-def test_a_process_may_wait_for_its_turn(tmp_path):
-    first, second = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
-    order = []
-
-    def take_turn():
-        with second.claimed(wait=True):
-            order.append("second")
-
-    thread = threading.Thread(target=take_turn)
-    with first.claimed():
-        thread.start()
-        thread.join(0.2)
-        order.append("first")
-    thread.join()
-    assert order == ["first", "second"]
 
 
 def test_a_claim_dies_with_its_process(tmp_path):
