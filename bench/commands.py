@@ -55,8 +55,8 @@ def status(overrides: list[str]) -> int:
     from bench.runs.study import stand, study_experiments
 
     seconds = compose_config(overrides).watch
-    if seconds < 0:
-        raise UserError("watch must be 0 (look once) or the seconds between two looks")
+    if not 0 <= seconds <= 86400:
+        raise UserError("watch must be 0 (look once) or the seconds between two looks, a day's at most")
     experiments = study_experiments(overrides)
     if seconds:
         watch_status(experiments, seconds)

@@ -86,6 +86,9 @@ def split_sweep(overrides: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     """What all jobs of a plain sweep share, and each job's own overrides: the product of all key=a,b."""
     with hydra_session():
         parsed = OverridesParser.create().parse_overrides(list(overrides))
+        for override in parsed:
+            if override.is_sweep_override() and override.key_or_group.startswith(("hydra/", "hydra.")):
+                raise UserError(f"{override.input_line} cannot be swept: it holds for the whole sweep, so choose one")
         shared = [override.input_line for override in parsed if not override.is_sweep_override()]
         choices = [
             [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, make_dataclass
 from pathlib import Path
@@ -406,6 +407,10 @@ def check(experiment: Experiment) -> None:
         (experiment.budgets, "budgets is empty: name at least one, in model FLOPs"),
         (all(budget > 0 for budget in experiment.budgets), "budgets and fraction must be above 0"),
         (len(set(experiment.budgets)) == len(experiment.budgets), "budgets names the same budget twice"),
+        (
+            experiment.study == os.path.normpath(experiment.study) and not experiment.study.startswith(("/", ".")),
+            "study.name must be the name of a folder under paths.runs",
+        ),
         (experiment.training.sequences > 0, "training.sequences must be at least 1"),
         (experiment.evaluation.tokens > 0, "evaluation.tokens must be at least 1"),
         (experiment.evaluation.every >= 0, "evaluation.every must be 0 (never) or a number of steps"),

@@ -55,13 +55,15 @@ def launch(
         assert hydra is not None
         config = hydra.compose_config("config", list(overrides), run_mode=RunMode.MULTIRUN)
         name = config.hydra.runtime.choices["hydra/launcher"]
-        check_gpus(name, config)
+        gpus = check_gpus(name, config)
         context = HydraContext(config_loader=hydra.config_loader, callbacks=_callbacks(config))
         launcher = Plugins.instance().instantiate_launcher(
             config=config, hydra_context=context, task_function=partial(attempt, task)
         )
         shared = list(config.hydra.overrides.task)  # the launcher itself passes on only those of `hydra`
-        size = config.hydra.sweeper.max_batch_size or at_a_time(name, len(jobs))
+        size = config.hydra.sweeper.max_batch_size or at_a_time(name, len(jobs), gpus)
+        if size < 0:
+            raise UserError("hydra.sweeper.max_batch_size must be the number of jobs to send at once")
         outcomes: list[str | None] = []
         with patience(name, launcher), told(standing if name not in ("basic", "joblib") else None):
             for first in range(0, len(jobs), size):
@@ -84,16 +86,22 @@ def attempt(task: Callable[[DictConfig], str | None], config: DictConfig) -> str
         return f"{type(error).__name__}: {one_line(error)}"
 
 
-def at_a_time(launcher: str, jobs: int) -> int:
-    """Jobs in a batch: submitit starts all those of this machine at once, where others know how many it bears."""
-    return len(os.sched_getaffinity(0)) if launcher == "submitit_local" else jobs
+def at_a_time(launcher: str, jobs: int, gpus: float) -> int:
+    """Jobs in a batch: submitit starts all those of this machine at once, where others know how many it bears.
+
+    Args:
+        gpus: that a job is given; to all that run at once submitit would give the same.
+    """
+    if launcher != "submitit_local":
+        return jobs
+    return 1 if gpus else len(os.sched_getaffinity(0))
 
 
-def check_gpus(name: str, config: DictConfig) -> None:
-    """Refuses jobs that would train on fewer GPUs than they could, or are given.
+def check_gpus(name: str, config: DictConfig) -> float:
+    """How many GPUs a job is given, as far as the launcher is told.
 
     Raises:
-        UserError: saying what to change.
+        UserError: jobs would train on fewer GPUs than they could, or are given; it says what to change.
     """
     key = "ray.remote.num_gpus" if name == "ray" else "gpus_per_node"
     given, processes = OmegaConf.select(config.hydra.launcher, key) or 0, config.device.processes
@@ -105,6 +113,7 @@ def check_gpus(name: str, config: DictConfig) -> None:
     hides = name in ("submitit_local", "ray")  # GPUs that a job did not ask for
     if hides and not given and config.device.name != "cpu" and torch.cuda.is_available():
         raise UserError(f"hydra/launcher={name} gives a job no GPU: say hydra.launcher.{key}=1, or device=cpu")
+    return given
 
 
 @contextmanager
@@ -114,7 +123,7 @@ def patience(name: str, launcher: Any) -> Iterator[None]:
     try:
         with waits[name](launcher) if name in waits else nullcontext():
             yield
-    except HydraException:
+    except (HydraException, AssertionError, AttributeError, LookupError, NameError):  # the last four are our own faults
         raise
     except KeyboardInterrupt:
         if name == "submitit_slurm":
@@ -169,10 +178,10 @@ def patient_ray(launcher: Any) -> Iterator[None]:
     import ray
 
     before = signal.getsignal(signal.SIGTERM)
-    if not ray.is_initialized():
-        # The launcher would ask for an amount of memory, which Ray refuses where a cluster runs already.
-        ray.init(**OmegaConf.to_container(launcher.ray_cfg.init, resolve=True))
     try:
+        if not ray.is_initialized():
+            # The launcher would ask for an amount of memory, which Ray refuses where a cluster runs already.
+            ray.init(**OmegaConf.to_container(launcher.ray_cfg.init, resolve=True))
         with forgiving(ray, "get", ray.exceptions.RayError, lambda job, error: lost(one_line(error))):
             yield
     finally:

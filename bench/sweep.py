@@ -14,6 +14,7 @@ from bench.compose import override_key, split_sweep
 from bench.data import open_dataset
 from bench.errors import UserError
 from bench.launching import PoolBroken, launch
+from bench.runs.claim import newest_number
 from bench.runs.folder import RunFolder
 from bench.runs.study import plan_study, settle_jobs, study_experiments
 from bench.training.plan import plan_ahead
@@ -45,9 +46,12 @@ def train_sweep(overrides: list[str]) -> int:
 def refuse_copies() -> None:
     """Under torchrun or srun each process would run the whole sweep."""
     for variable in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
-        if int(os.environ.get(variable) or 1) > 1:
+        processes = os.environ.get(variable) or "1"
+        if not processes.isdecimal():
+            raise UserError(f"{variable}={processes} is no number of processes: unset it")
+        if int(processes) > 1:
             raise UserError(
-                f"{variable}={os.environ[variable]}: each of these processes would run the whole sweep; start it once, "
+                f"{variable}={processes}: each of these processes would run the whole sweep; start it once, "
                 "and say device.processes= for several processes to a trajectory"
             )
 
@@ -62,13 +66,14 @@ def plan_jobs(overrides: list[str]) -> tuple[list[str], int, list[Job]]:
     else:
         shared, settings = split_sweep(overrides)
         experiments = settle_jobs(shared, settings)
+    distinct = {experiment.folder: (own, experiment) for own, experiment in zip(settings, experiments, strict=True)}
     jobs = []
-    for own, experiment in zip(settings, experiments, strict=True):
-        folder = RunFolder(experiment.folder)
+    for path, (own, experiment) in distinct.items():
+        folder = RunFolder(path)
         if folder.state != "done":
             dataset = open_dataset(experiment.data, Path(experiment.paths.data), progress=print)
             jobs.append(Job(own, folder, plan_ahead(experiment, dataset.vocabulary_size).model_flops))
-    return shared, len(experiments), sorted(jobs, key=lambda job: -job.flops)
+    return shared, len(distinct), sorted(jobs, key=lambda job: -job.flops)
 
 
 def label(jobs: list[Job], total: int) -> list[tuple[list[str], RunFolder]]:
@@ -86,11 +91,12 @@ def send(shared: list[str], jobs: list[tuple[list[str], RunFolder]]) -> dict[Pat
 
     if not jobs:
         return {}
+    claims = {folder.path: newest_number(folder.path) for _, folder in jobs}
     try:
         problems = launch(shared, [own for own, _ in jobs], train_in_turn, standing)
     except PoolBroken:
-        untouched = [(own, folder) for own, folder in jobs if folder.state == "absent"]
-        begun = [folder for _, folder in jobs if folder.state != "absent"]
+        untouched = [(own, folder) for own, folder in jobs if newest_number(folder.path) == claims[folder.path]]
+        begun = [folder for _, folder in jobs if newest_number(folder.path) != claims[folder.path]]
         if not begun:
             raise UserError("a worker process was killed before it began to train") from None
         return dict.fromkeys((folder.path for folder in begun), "a worker process was killed") | send(shared, untouched)

@@ -13,6 +13,7 @@ if not torch.cuda.is_available():  # Triton's kernels decide when they are impor
 
 from bench.compose import compose_config
 from bench.config import Experiment, settle
+from bench.training import energy
 
 # No deadline for a single example: on a busy machine it fails tests that are right. Where a change is judged (CI=true),
 # the examples are always the same; on a developer's machine they are new on every run, and look for what is wrong.
@@ -24,6 +25,12 @@ settings.load_profile("cegbench")
 def _one_thread():
     """Tests run in parallel processes; one thread each keeps them from fighting over cores."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_energy_counter():
+    """Whether this machine lets its CPUs' joules be read must not change what tests see."""
+    energy.POWERCAP = Path(os.devnull)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from bench.errors import UserError
 from bench.gains.resampling import Resampling, Spread, inflation, welch
 from bench.gains.sources import Results
 from bench.gains.tuning import TunedVariant, pool, tune_variant
+from bench.runs.folder import MEASURED
 
 AXES = (
     "model_flops",
@@ -25,7 +26,6 @@ AXES = (
     "grams_co2e",
     "tokens",
 )
-MEASURED_AXES = ("seconds", "joules", "dollars", "grams_co2e")  # depend on the device; the others are counted
 UNMEASURED = "Not measured in these runs: "
 LONGEST = 200  # characters of names in one sentence
 ALL_SCALES = "all scales"  # the pseudo-scale at which the budgets of all scales are pooled
@@ -306,7 +306,7 @@ def _measured_axes(results: pl.DataFrame, runs: list[dict[str, Any]], warnings: 
     if not axes:
         raise UserError("no cost axis has a number above 0 in every result: nothing to measure gains in")
     devices = sorted({str(run["device"]) for run in runs if run["state"] == "done"})
-    measured = [axis for axis in axes if axis in MEASURED_AXES]
+    measured = [axis for axis in axes if axis in MEASURED]
     if len(devices) > 1 and measured:
         warnings.append(
             f"Gains in {', '.join(measured)} compare runs of different devices ({', '.join(devices)}) and say little."

@@ -12,7 +12,8 @@ from rich.text import Text
 from bench.config import Experiment
 from bench.report.format import format_compute, printable
 from bench.report.terminal import open_console
-from bench.runs.study import MEASURED, Standing, stand
+from bench.runs.folder import MEASURED
+from bench.runs.study import Standing, stand
 
 COLOURS = {"done": "green", "running": "cyan", "failed": "red"}
 

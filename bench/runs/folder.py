@@ -10,6 +10,9 @@ from typing import Any
 from bench.errors import UserError
 from bench.runs.claim import Claim, holding_host, take_claim
 
+# The cost columns of a row that are measured, and null where nothing measures them; the others follow from its step.
+MEASURED = ("seconds", "joules", "dollars", "grams_co2e")
+
 
 def write_whole(path: Path, text: str) -> None:
     """Writes a file that is either absent, as before, or complete."""
@@ -152,7 +155,19 @@ class RunFolder:
             write_whole(self.path / "run.json", json.dumps(run, indent=2, allow_nan=False) + "\n")
 
     def run(self) -> dict[str, Any]:
-        return json.loads((self.path / "run.json").read_text())
+        """What `describe` wrote to run.json.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        path = self.path / "run.json"
+        try:
+            run = json.loads(path.read_text())
+        except ValueError:
+            run = None
+        if not run or not isinstance(run, dict):
+            raise UserError(f"{path} is damaged: delete the run's folder and train it again")
+        return run
 
     def begin(self) -> None:
         """Forgets an earlier failure: the trajectory is tried again."""
@@ -169,9 +184,9 @@ class RunFolder:
 
     def fail(self, account: str) -> None:
         """Leaves an account of what went wrong, where the disk has room and the folder is still this process's."""
-        if self._claim and self._claim.lost:
-            return
         with suppress(OSError):  # the failure itself is what the user must see, not that it could not be noted
+            if self._claim and self._claim.lost:
+                return
             write_whole(self.path / "FAILED", account)
 
     @property

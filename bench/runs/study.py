@@ -8,11 +8,10 @@ from typing import Any
 from bench.compose import compose_all, compose_config, override_key
 from bench.config import Experiment, StudyConfig, check, settle, variant_name
 from bench.errors import UserError
-from bench.runs.folder import RunFolder, read_rows
+from bench.runs.folder import MEASURED, RunFolder, read_rows
 from bench.training.schedule import Leg
 
 SWEPT = ("scale", "innovation", "seed", "lr")
-MEASURED = ("seconds", "joules", "dollars")  # the cost axes that do not follow from the number of steps
 
 
 def plan_study(overrides: Sequence[str]) -> list[list[str]]:
@@ -24,6 +23,9 @@ def plan_study(overrides: Sequence[str]) -> list[list[str]]:
     study = compose_config(overrides).study
     if not study.variants:
         raise UserError(f"study {study.name} lists no variants: name one, as in study=quickstart")
+    for field in ("scales", "seeds"):
+        if not study[field]:
+            raise UserError(f"study {study.name} lists no {field}: say study.{field}=[...]")
     for override in overrides:
         key = override_key(override)
         if key in SWEPT:
@@ -75,7 +77,7 @@ def check_names(study: StudyConfig) -> None:
 
 
 def is_list_of_numbers(values: Any) -> bool:
-    return isinstance(values, Sequence) and bool(values) and all(isinstance(value, int | float) for value in values)
+    return isinstance(values, Sequence) and bool(values) and all(type(value) in (int, float) for value in values)
 
 
 def study_experiments(overrides: Sequence[str]) -> list[Experiment]:

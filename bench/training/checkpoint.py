@@ -68,7 +68,8 @@ def save_checkpoint(
     beside = folder / f"{progress.name}.partial"
 
     def begin() -> None:
-        shutil.rmtree(beside, ignore_errors=True)
+        for path in folder.glob("*.partial"):  # what interrupted writes left: a full disk may need the room
+            shutil.rmtree(path)
         beside.mkdir(parents=True)
 
     def finish() -> None:
@@ -151,12 +152,10 @@ def _read_account(path: Path) -> dict[str, Any]:
 
 
 def prune_checkpoints(folder: Path, keep: set[Path], newest: int = 2) -> None:
-    """Removes all but the newest few and those in `keep`, and what interrupted writes left."""
+    """Removes all but the newest few and those in `keep`."""
     for path in list_checkpoints(folder)[:-newest]:
         if path not in keep:
             shutil.rmtree(path)
-    for path in folder.glob("*.partial"):
-        shutil.rmtree(path)
 
 
 @contextmanager

@@ -34,7 +34,12 @@ def spread(model: GPT, kind: str, device: torch.device, world: World) -> tuple[n
         sharded = fully_shard(model, mesh=mesh)
         return sharded, sharded.set_requires_gradient_sync
     devices = [device] if device.type == "cuda" else None
-    replica = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+    with warnings.catch_warnings():  # newer releases have another name for it, which the oldest one lacks
+        warnings.simplefilter("ignore", FutureWarning)
+        # A model's buffers are tables that every process computes alike.
+        replica = DistributedDataParallel(
+            model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
 
     def switch(on: bool) -> None:  # DDP reads it in the forward and in the backward pass, so `no_sync` must span both
         replica.require_backward_grad_sync = on

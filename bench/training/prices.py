@@ -46,7 +46,7 @@ class Prices:
             "grid": {"name": self.grid_name, **asdict(self.grid)} if self.grid else None,
             "overhead": self.overhead,
             "dollars": "a list price per device-hour x measured seconds of training steps x devices, not a bill",
-            "grams_co2e": "measured joules of training steps x overhead x a grid's yearly mean, without manufacture",
+            "grams_co2e": "measured joules x overhead x a grid's yearly mean, without manufacture",
         }
 
 

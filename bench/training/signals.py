@@ -43,12 +43,16 @@ class StopSignals:
             self.passed_on(number)
 
     def stop(self) -> None:
-        """Lets the handler that was there before have the signal (a launcher's may requeue the job), then stops.
+        """Lets the handler that was there before have the signal: a launcher's may queue the job again and end it.
+
+        It returns where that handler does, which means that the work should go on: on SIGTERM submitit waits for the
+        scheduler to kill the job, as one that had ended by itself would not be queued again.
 
         Raises:
-            Stopped: always, unless the handler before ends the process its own way.
+            Stopped: there was no such handler.
         """
-        handler = self.previous.get(self.received) if self.received is not None else None
-        if callable(handler):
-            handler(self.received, None)
-        raise Stopped
+        number, self.received = self.received, None
+        handler = self.previous.get(number) if number is not None else None
+        if not callable(handler):
+            raise Stopped
+        handler(number, None)

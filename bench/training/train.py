@@ -21,16 +21,18 @@ from omegaconf import DictConfig, OmegaConf
 
 from bench.config import Experiment, settle
 from bench.data import Dataset, open_dataset
-from bench.errors import Stopped, UserError
+from bench.errors import Stopped, TrajectoryFailed, UserError
 from bench.runs.claim import ClaimLost, FolderTaken
 from bench.runs.folder import RunFolder
-from bench.runs.mirror import NoMirror, open_mirror
+from bench.runs.mirror import Mirror, NoMirror, open_mirror
 from bench.training.device import Device, open_device
-from bench.training.trainer import Trainer
+from bench.training.trainer import Diverged, Trainer
 from bench.training.workers import start_workers, workers_to_start
 from bench.training.world import World, find_world, joined
 from kernels import backend
 
+# What a step's seconds and joules depend on, in run.json, beside what belongs to a trajectory's identity.
+PACE = ("device", "kernels", "threads", "processes", "parallel", "compile", "micro_batch")
 TAKEN = "another process trains it"
 PACKAGES = ("torch", "numpy", "triton")
 # What the disk may say to a write, and only the user can mend.
@@ -52,7 +54,7 @@ def train(config: DictConfig) -> Path:
     if folder.state == "done":
         return folder.path
     if processes := workers_to_start(experiment.device):
-        start_workers(processes, train_as_worker, config)
+        train_with_workers(processes, folder, config)
         return folder.path
     world = find_world()
     with joined(world), ExitStack() as stack:
@@ -66,12 +68,28 @@ def train(config: DictConfig) -> Path:
     return folder.path
 
 
+def train_with_workers(processes: int, folder: RunFolder, config: DictConfig) -> None:
+    """Trains in processes of its own; FAILED tells what went wrong first, in whichever of them that was."""
+    try:
+        start_workers(processes, train_as_worker, config)
+    except (FolderTaken, ClaimLost):
+        raise
+    except (UserError, TrajectoryFailed) as error:
+        if str(error) not in folder.failure:
+            folder.fail(f"{type(error).__name__}: {error}")
+        raise
+
+
 def train_claimed(experiment: Experiment, folder: RunFolder, config: DictConfig, world: World) -> None:
     """Trains in a folder that the first process of this world has claimed; FAILED tells what went wrong."""
     try:
         world.first(folder.begin)
         _train(experiment, folder, config, world)
     except ClaimLost:
+        raise
+    except Diverged:  # in all processes alike: the first to end would end the others before they have written
+        account = traceback.format_exc()
+        world.first(lambda: folder.fail(account))
         raise
     except torch.OutOfMemoryError:
         size = experiment.device.micro_batch or experiment.training.sequences // world.size
@@ -82,7 +100,7 @@ def train_claimed(experiment: Experiment, folder: RunFolder, config: DictConfig,
         if error.errno not in DISK_ERRORS:
             _fail(folder, world, traceback.format_exc())
             raise
-        sentence = f"cannot write {error.filename or folder.path}: {error.strerror}"
+        sentence = f"cannot use {error.filename or folder.path}: {error.strerror}"
         _fail(folder, world, f"UserError: {sentence}")
         raise UserError(f"{sentence}; mend that and start again: what was written before is as it was") from None
     except Exception:
@@ -128,34 +146,36 @@ def end_with_parent() -> None:
 
 def _train(experiment: Experiment, folder: RunFolder, config: DictConfig, world: World) -> None:
     begun = world.first(lambda: folder.run() if folder.described else None)
-    if begun and not experiment.device.threads:
+    if begun and not experiment.device.threads and begun.get("processes", 1) == world.size:
         # The order of a sum depends on the number of threads: a resumed trajectory keeps the one it began with.
-        experiment = replace(experiment, device=replace(experiment.device, threads=begun["threads"]))
+        experiment = replace(experiment, device=replace(experiment.device, threads=begun.get("threads", 0)))
     device = open_device(experiment.device, world.local_rank)
     data = Path(experiment.paths.data)
     world.first(lambda: open_dataset(experiment.data, data, progress=print).fingerprint)  # prepares it, once for all
     dataset = open_dataset(experiment.data, data, progress=print)
     if begun:
         check_unchanged(begun, folder, dataset, device)
-    where = f"{world.size} x {device.description}" if world.size > 1 else device.description
-    trainer = Trainer(experiment, dataset, device, folder, world, measured=not begun or begun["device"] == where)
-    if not trainer.measured and world.leads:
-        print(f"{folder.path} was begun on {begun['device']} and goes on on {where}: seconds and joules are not told")
-    run = describe_run(experiment, dataset, device, trainer, where)
-    mirror = NoMirror()
+    trainer = Trainer(experiment, dataset, device, folder, world)
+    run = describe_run(experiment, dataset, device, trainer)
+    changed = [key for key in PACE if begun and begun.get(key, run[key]) != run[key]]
+    trainer.measured = not changed
+    mirror: Mirror = NoMirror()
     if world.leads:
+        if changed:
+            was = ", ".join(f"{key} {begun[key]}" for key in changed)
+            print(f"{folder.path} was begun with {was}: from here on seconds and joules would mean nothing")
         folder.describe(OmegaConf.to_yaml(config, resolve=True), run)
         mirror = open_mirror(experiment, {**run, "settings": experiment.identity})
-    exit_code = 1
     try:
         with backend.use(device.kernels):
             trainer.run(mirror)
-        exit_code = 0
-    except Stopped as stopped:
-        exit_code = stopped.code
+    except (Diverged, Stopped):  # in all processes alike
+        world.first(lambda: mirror.finish(1))
         raise
-    finally:
-        mirror.finish(exit_code)
+    except BaseException:
+        mirror.finish(1)
+        raise
+    world.first(lambda: mirror.finish(0))
     world.first(folder.finish)
 
 
@@ -178,10 +198,9 @@ def check_unchanged(begun: dict[str, Any], folder: RunFolder, dataset: Dataset, 
         )
 
 
-def describe_run(
-    experiment: Experiment, dataset: Dataset, device: Device, trainer: Trainer, where: str
-) -> dict[str, Any]:
+def describe_run(experiment: Experiment, dataset: Dataset, device: Device, trainer: Trainer) -> dict[str, Any]:
     """run.json: what was trained, of what, with which versions, and what a token costs."""
+    processes = trainer.world.size
     flops = {name: value / trainer.costs.tokens for name, value in trainer.costs.flops.items()}
     return {
         "study": experiment.study,
@@ -193,12 +212,14 @@ def describe_run(
         "hash": experiment.digest,
         "git_commit": git_commit(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "device": where,
+        "device": f"{processes} x {device.description}" if processes > 1 else device.description,
         "precision": device.precision,
         "kernels": device.implementation,
         "threads": torch.get_num_threads(),
-        "processes": trainer.world.size,
-        "parallel": experiment.device.parallel if trainer.world.size > 1 else None,
+        "processes": processes,
+        "parallel": experiment.device.parallel if processes > 1 else None,
+        "compile": experiment.device.compile,
+        "micro_batch": trainer.micro_batch,
         "energy": {"source": trainer.meter.source, "problem": trainer.meter.problem},
         "cost": trainer.prices.account(),
         "parameters": trainer.model.parameter_counts(),

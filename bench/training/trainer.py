@@ -4,6 +4,7 @@ Several processes may train it together: each takes its share of every batch, th
 """
 
 import math
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -50,7 +51,8 @@ class Trainer:
 
     Args:
         world: this process among those that train it together.
-        measured: whether all of it is trained on the kind of device it began on; else seconds and joules mean nothing.
+    Attributes:
+        measured: whether all of it is trained as it was begun; else seconds and joules would add up to nothing.
     Raises:
         UserError: the settings do not fit the data or the number of processes, or a budget is too small for one step.
     """
@@ -62,10 +64,8 @@ class Trainer:
         device: Device,
         folder: RunFolder,
         world: World = ALONE,
-        measured: bool = True,
     ) -> None:
-        self.experiment, self.device, self.folder = experiment, device, folder
-        self.world, self.measured = world, measured
+        self.experiment, self.device, self.folder, self.world = experiment, device, folder, world
         self.sequences = share_of(experiment.training.sequences, world)
         self.micro_batch = min(experiment.device.micro_batch or self.sequences, self.sequences)
         self.model = build_model(experiment, dataset.vocabulary_size).to(device.torch_device)
@@ -92,6 +92,7 @@ class Trainer:
         self.progress = Progress(leg=0, step=0, seconds=0.0, joules=0.0, rows=0, metrics_size=0, results_size=0)
         self.meter_mark = self.meter.read()
         self.train_loss = math.nan
+        self.measured = True
         self.mirror: Mirror = NoMirror()
 
     @property
@@ -103,10 +104,8 @@ class Trainer:
         before = sum(leg.steps for leg in self.legs[: self.progress.leg])
         return before + self.progress.step - self.legs[self.progress.leg].start
 
-    @property
-    def leg_start(self) -> Path:
-        """The checkpoint of where the current leg began."""
-        number = self.progress.leg
+    def leg_start(self, number: int) -> Path:
+        """The checkpoint of where that leg began."""
         return self.folder.checkpoints / checkpoint_name(number, self.legs[number].start)
 
     @property
@@ -130,8 +129,8 @@ class Trainer:
         display = open_progress(kind, self.title, self.total_steps, self.steps_done)
         try:
             for path in passed_over:
-                display.say(f"checkpoint {path.name} is damaged; going on from the one before")
-            if self.progress.step or self.progress.leg:
+                display.say(f"checkpoint {path.name} is damaged and passed over")
+            if self.progress.step or self.progress.leg or passed_over:
                 display.say(f"resumed at step {self.steps_done} of {self.total_steps}")
             with StopSignals() as signals:
                 while self.progress.step < self.legs[self.progress.leg].end:
@@ -148,10 +147,7 @@ class Trainer:
         """Compiles before the clock runs. Leaves weights and gradients as they were; `resume` sets the generators."""
         if not self.experiment.device.compile:
             return
-        inputs, targets = (part[: self.micro_batch] for part in self.batch())
-        with self.device.autocast():
-            losses = self.forward(inputs, targets)
-        losses.sum().backward()
+        self.add_up_gradients()
         self.optimizer.zero_grad(set_to_none=True)
         self.evaluator(self.forward)
 
@@ -162,24 +158,29 @@ class Trainer:
         found, damaged = self.world.first(lambda: newest_checkpoint(self.folder.checkpoints))
         if found is not None:
             self.progress = self.load(found)
-        self.world.first(self.drop_rows_after_checkpoint)
+        self.world.first(lambda: self.drop_what_came_after(damaged))
         if found is None:
             self.save()
         self.skip_meter()
         return damaged
 
-    def drop_rows_after_checkpoint(self) -> None:
+    def drop_what_came_after(self, damaged: list[Path]) -> None:
+        """Goes back to the checkpoint on disk too; damaged ones would count as newer than those that now follow."""
         self.folder.metrics.truncate(self.progress.metrics_size)
         self.folder.results.truncate(self.progress.results_size)
+        for path in damaged:
+            shutil.rmtree(path)
 
     def begin_next_leg(self) -> None:
         """Goes to the start of the next leg: after a branch, back to the trunk's state at its fork."""
         finished = self.legs[self.progress.leg]
         if finished.budget is not None:
-            if not self.world.first(lambda: is_sound(self.leg_start)):
-                raise UserError(f"{self.leg_start}, which the trunk goes on from, is damaged: delete the run's folder")
-            fork = self.load(self.leg_start)
+            start = self.leg_start(self.progress.leg)
+            if not self.world.first(lambda: is_sound(start)):
+                raise UserError(f"{start}, which the trunk goes on from, is damaged: delete the run's folder")
+            fork = self.load(start)
             self.progress = replace(self.progress, step=fork.step, seconds=fork.seconds, joules=fork.joules)
+            self.skip_meter()
         self.progress.leg += 1
         self.save()
 
@@ -195,7 +196,8 @@ class Trainer:
             self.progress.results_size = self.folder.results.size
         self.world.first(self.folder.check)
         save_checkpoint(self.folder.checkpoints, self.progress, self.model, self.optimizer, self.world)
-        self.prune(keep={self.leg_start}, newest=2)
+        # The newest checkpoint but one may lie in the leg before.
+        self.prune(keep={self.leg_start(number) for number in range(self.progress.leg + 1)[-2:]}, newest=2)
         self.skip_meter()
 
     def prune(self, keep: set[Path], newest: int) -> None:
@@ -241,7 +243,7 @@ class Trainer:
                 self.save()
                 saved_at = time.monotonic()
                 if stop:
-                    display.say(f"stopped at step {self.steps_done} of {self.total_steps}")
+                    display.say(f"told to stop: checkpoint at step {self.steps_done} of {self.total_steps}")
                     signals.stop()
         if leg.budget is not None:
             row = self.results_row(leg, self.evaluate())
@@ -250,28 +252,18 @@ class Trainer:
 
     def record(self, file: RowFile, row: dict[str, Any]) -> None:
         """Appends a row to a file and its mirror, in the process that writes."""
-        if self.world.leads:
+
+        def write() -> None:
             self.folder.check()
             file.append(row)
             self.mirror.log(self.progress.rows, row)
+
+        self.world.first(write)
         self.progress.rows += 1
 
     def train_step(self, rate: float) -> tuple[float, float]:
-        """One optimizer step at learning rate `rate`; returns the batch's mean loss (nats) and gradient norm.
-
-        Micro-batches add up to the same loss however the batch is split.
-        """
-        inputs, targets = self.batch()
-        total = torch.zeros((), device=self.device.torch_device)
-        parts = list(zip(inputs.split(self.micro_batch), targets.split(self.micro_batch), strict=True))
-        for number, (micro_inputs, micro_targets) in enumerate(parts, start=1):
-            self.average_gradients(number == len(parts))
-            with self.device.autocast():
-                losses = self.forward(micro_inputs, micro_targets)
-            loss = losses.sum() / targets.numel()
-            loss.backward()
-            total += loss.detach()
-        total = self.world.total(total) / self.world.size
+        """One optimizer step at learning rate `rate`; returns the batch's mean loss (nats) and gradient norm."""
+        total = self.world.total(self.add_up_gradients()) / self.world.size
         norm = whole(get_total_norm([parameter.grad for parameter in self.parameters if parameter.grad is not None]))
         train_loss, grad_norm = torch.stack([total, norm.to(total.dtype)]).tolist()
         if not math.isfinite(train_loss) or not math.isfinite(grad_norm):
@@ -286,6 +278,23 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.device.synchronize()
         return train_loss, grad_norm
+
+    def add_up_gradients(self) -> Tensor:
+        """Computes the current step's gradients; returns the mean loss (nats) of this process's share of its batch.
+
+        Micro-batches add up to the same loss however the batch is split.
+        """
+        inputs, targets = self.batch()
+        total = torch.zeros((), device=self.device.torch_device)
+        parts = list(zip(inputs.split(self.micro_batch), targets.split(self.micro_batch), strict=True))
+        for number, (micro_inputs, micro_targets) in enumerate(parts, start=1):
+            self.average_gradients(number == len(parts))
+            with self.device.autocast():
+                losses = self.forward(micro_inputs, micro_targets)
+            loss = losses.sum() / targets.numel()
+            loss.backward()
+            total += loss.detach()
+        return total
 
     def batch(self) -> tuple[Tensor, Tensor]:
         """This process's share of the batch that belongs to the current step: (sequences, context) inputs, targets."""

@@ -15,13 +15,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from bench.config import DeviceConfig
 from bench.errors import Stopped, TrajectoryFailed, UserError
-from bench.runs.claim import FolderTaken
+from bench.runs.claim import ClaimLost, FolderTaken
 from bench.training.signals import StopSignals
 from bench.training.world import step_address, tasks_of_step
 
@@ -32,7 +32,8 @@ def workers_to_start(config: DeviceConfig, environment: Mapping[str, str] = os.e
     Raises:
         UserError: there are fewer GPUs than that.
     """
-    if "RANK" in environment or config.processes == 1:
+    started = "TORCHELASTIC_RUN_ID" in environment or environment.get("WORLD_SIZE", "1") not in ("", "1")
+    if started or config.processes == 1:
         return 0
     gpus = 0 if config.name == "cpu" else torch.cuda.device_count()
     processes = config.processes or max(1, gpus)
@@ -48,8 +49,10 @@ def start_workers(processes: int, work: Callable[..., Any], *arguments: Any) -> 
 
     Args:
         work: a function of a module; it and its arguments are pickled.
+    Where a signal stopped them, but a handler that was there before wants the work to go on, they are started again.
+
     Raises:
-        Stopped: a signal asked for it, and a checkpoint was written.
+        Stopped: a signal asked for it; where training had begun, a checkpoint was written.
         UserError, TrajectoryFailed: as `work` raised it; TrajectoryFailed also where a worker died.
     """
     with (
@@ -58,13 +61,24 @@ def start_workers(processes: int, work: Callable[..., Any], *arguments: Any) -> 
         _quiet_engine(),
         _shared_cores(processes),
     ):
-        try:
-            elastic_launch(_launch_config(processes, logs), _work)(work, *arguments)
-        except ChildFailedError as error:
-            _, failure = error.get_first_failure()
-            if failure.exitcode == Stopped.code:
-                signals.stop()
-            raise _what_failed(failure) from None
+        while _were_stopped(_launch_config(processes, logs), signals, work, *arguments):
+            signals.stop()
+
+
+def _were_stopped(config: LaunchConfig, signals: StopSignals, work: Callable[..., Any], *arguments: Any) -> bool:
+    """Runs the workers; whether a signal stopped them before they were done."""
+    try:
+        elastic_launch(config, _work)(work, *arguments)
+    except Stopped:
+        return True
+    except SignalException as error:  # the terminal was closed
+        raise TrajectoryFailed(f"ended by signal {int(error.sigval)}: start it again to go on") from None
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        if failure.exitcode == Stopped.code or -failure.exitcode == signals.received:  # it had not begun to train
+            return True
+        raise _what_failed(failure) from None
+    return False
 
 
 def _launch_config(processes: int, logs: str) -> LaunchConfig:
@@ -101,12 +115,15 @@ def _what_failed(failure: ProcessFailure) -> Exception:
         return TrajectoryFailed(f"a worker was killed by signal {-failure.exitcode}: start it again to go on")
     message = failure.message["message"] if isinstance(failure.message, dict) else failure.message
     kind, _, text = message.partition(": ")
-    kinds = {"UserError": UserError, "FolderTaken": FolderTaken, "Diverged": TrajectoryFailed}
+    kinds = {"UserError": UserError, "FolderTaken": FolderTaken, "ClaimLost": ClaimLost, "Diverged": TrajectoryFailed}
     return kinds[kind](text) if kind in kinds else TrajectoryFailed(message)
 
 
 def _pass_on(number: int) -> None:
-    for worker in multiprocessing.active_children():
+    workers = multiprocessing.active_children()
+    if not workers:  # nobody would ever act on it
+        raise Stopped
+    for worker in workers:
         if worker.pid is not None:
             os.kill(worker.pid, number)
 

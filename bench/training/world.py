@@ -20,8 +20,8 @@ from bench.errors import UserError
 
 Result = TypeVar("Result")
 
-# As long as the others may have to wait for the first, which waits for its turn or prepares data. What dies is noticed
-# at once by whoever started the processes.
+# As long as the others may have to wait for the first, which may prepare data. What dies is noticed at once by who
+# started the processes: torchrun, a job's own workers, or `srun --kill-on-bad-exit=1`.
 PATIENCE = timedelta(days=1)
 
 
@@ -32,16 +32,12 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0  # among those on this machine
-    local_size: int = 1
+    machines: int = 1
 
     @property
     def leads(self) -> bool:
         """Whether this is the process that writes the run's files."""
         return self.rank == 0
-
-    @property
-    def machines(self) -> int:
-        return -(-self.size // self.local_size)
 
     def first(self, work: Callable[[], Result]) -> Result:
         """Does `work` in the first process alone; every process gets what it returns or raises (both are pickled)."""
@@ -92,20 +88,34 @@ ALONE = World()
 
 
 def find_world(environment: Mapping[str, str] = os.environ) -> World:
-    """Where the environment places this process: by torchrun, by srun, or alone."""
-    if "RANK" in environment and "WORLD_SIZE" in environment:
-        local = environment.get("LOCAL_RANK", "0"), environment.get("LOCAL_WORLD_SIZE", "1")
-        return World(int(environment["RANK"]), int(environment["WORLD_SIZE"]), *map(int, local))
+    """Where the environment places this process: by torchrun, by srun, or alone.
+
+    Raises:
+        UserError: it says something that nobody can mean.
+    """
+
+    def number(name: str, default: int = 0) -> int:
+        return _number(environment, name, default)
+
+    if (size := number("WORLD_SIZE", 1)) > 1:
+        if "MASTER_ADDR" not in environment:
+            raise UserError(f"WORLD_SIZE={size}, but MASTER_ADDR is not set: start it with torchrun, or unset both")
+        return World(number("RANK"), size, number("LOCAL_RANK"), -(-size // number("LOCAL_WORLD_SIZE", size)))
     if (tasks := tasks_of_step(environment)) > 1:
-        machines = int(environment.get("SLURM_STEP_NUM_NODES", "1"))
-        local_rank = int(environment.get("SLURM_LOCALID", "0"))
-        return World(int(environment["SLURM_PROCID"]), tasks, local_rank, -(-tasks // machines))
+        return World(number("SLURM_PROCID"), tasks, number("SLURM_LOCALID"), number("SLURM_STEP_NUM_NODES", 1))
     return ALONE
 
 
 def tasks_of_step(environment: Mapping[str, str] = os.environ) -> int:
     """How many tasks `srun` started together with this one; 1 outside `srun`, and in the script of a batch job."""
-    return int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
+    return _number(environment, "SLURM_STEP_NUM_TASKS", 1)
+
+
+def _number(environment: Mapping[str, str], name: str, default: int) -> int:
+    text = environment.get(name) or str(default)
+    if not text.isdecimal():
+        raise UserError(f"the environment's {name}={text} is no number: unset it")
+    return int(text)
 
 
 def step_address(environment: Mapping[str, str] = os.environ) -> tuple[str, int]:

@@ -43,6 +43,11 @@ def test_a_slip_is_one_line(override, sentence):
     assert "\n" not in str(caught.value)
 
 
+def test_what_holds_for_the_whole_sweep_is_not_swept():
+    with pytest.raises(UserError, match="hydra/launcher=basic,joblib cannot be swept"):
+        split_sweep(["hydra/launcher=basic,joblib", "seed=0,1"])
+
+
 def test_a_plain_sweep_is_a_product():
     shared, jobs = split_sweep(["innovation=[],[rope,layer_norm]", "seed=0,1", "study.name=x"])
     assert shared == ["study.name=x"]

@@ -15,8 +15,9 @@ import torch
 from bench.__main__ import main
 from bench.compose import compose_config
 from bench.errors import Stopped, UserError
-from bench.launching import PoolBroken, launch, told
+from bench.launching import PoolBroken, at_a_time, launch, told
 from bench.runs.folder import read_rows
+from tests.bench.trajectories import counted
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = {
@@ -137,6 +138,13 @@ def test_a_launcher_that_would_hide_the_gpu_is_refused(tmp_path, monkeypatch):
         launch([f"paths.runs={tmp_path}", "hydra/launcher=submitit_local"], [["seed=0"]], record)
 
 
+def test_how_many_jobs_go_at_once(monkeypatch):
+    """submitit would start all on this machine, and give each the same GPUs."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6))
+    assert [at_a_time(name, 40, 0) for name in ("submitit_local", "submitit_slurm", "ray")] == [6, 40, 40]
+    assert [at_a_time(name, 40, 2) for name in ("submitit_local", "submitit_slurm", "ray")] == [1, 40, 40]
+
+
 def test_a_launcher_without_its_package_says_what_to_install(monkeypatch):
     from hydra.core.config_store import ConfigStore
 
@@ -149,10 +157,16 @@ def test_a_launcher_without_its_package_says_what_to_install(monkeypatch):
 
 
 @pytest.mark.parametrize("variable", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
-def test_a_sweep_is_started_once(monkeypatch, capsys, overrides, variable):
-    monkeypatch.setenv(variable, "2")
+@pytest.mark.parametrize(("value", "sentence"), [("2", "device.processes"), ("two", "unset it")])
+def test_a_sweep_is_started_once(monkeypatch, capsys, overrides, variable, value, sentence):
+    monkeypatch.setenv(variable, value)
     assert main(["train", "-m", *overrides, "seed=0,1"]) == 2
-    assert "device.processes" in capsys.readouterr().err
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_batch_of_less_than_one_job_is_refused(overrides, capsys):
+    assert main(["train", "-m", *overrides, "seed=0,1", "hydra.sweeper.max_batch_size=-1"]) == 2
+    assert "hydra.sweeper.max_batch_size" in capsys.readouterr().err
 
 
 def test_how_far_a_sweep_is_is_told_when_it_changed(monkeypatch, capsys):
@@ -275,11 +289,6 @@ def test_slurm_requeues_what_it_preempts_and_a_killed_job_is_listed(study, tmp_p
     assert main(["train", "-m", *study, f"paths.runs={tmp_path}/undisturbed"]) == 0
     for results in runs.glob("*/*/*/results.jsonl"):
         undisturbed = tmp_path / "undisturbed" / results.relative_to(tmp_path / "runs")
-        assert counted(results) == counted(undisturbed)
-        assert len(counted(results)) == 2
-
-
-def counted(results: Path) -> list[dict]:
-    """What a trajectory learned and counted; not what was measured with a clock or a meter."""
-    measured = ("seconds", "joules", "dollars", "grams_co2e")
-    return [{key: value for key, value in row.items() if key not in measured} for row in read_rows(results)]
+        rows, expected = (list(map(counted, read_rows(path))) for path in (results, undisturbed))
+        assert len(rows) == 2
+        assert rows == expected

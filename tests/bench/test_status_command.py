@@ -29,6 +29,12 @@ def test_status_names_the_machine_that_trains(study, capsys):
     assert "1 running, 1 absent of 2" in printed
 
 
+@pytest.mark.parametrize("seconds", ["-1", "nan", "inf", "1e300"])
+def test_a_time_that_nobody_can_wait_is_refused(study, capsys, seconds):
+    assert main(["status", *study, f"watch={seconds}"]) == 2
+    assert "watch must be" in capsys.readouterr().err
+
+
 def test_watching_ends_by_itself_when_nothing_is_left(study, capsys):
     for experiment in study_experiments(study):
         experiment.folder.mkdir(parents=True)

@@ -15,7 +15,8 @@ from bench.__main__ import main
 from bench.compose import compose_config
 from bench.config import settle
 from bench.runs.claim import take_claim
-from bench.runs.folder import RunFolder, read_rows
+from bench.runs.folder import RunFolder
+from tests.bench.trajectories import counted_rows
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,6 +58,32 @@ def test_what_another_process_trains_is_left_to_it(overrides, first_folder, quic
     assert ("loss nan" in printed.err) == (left == "failed")
 
 
+def test_what_is_one_trajectory_is_trained_and_counted_once(overrides, capsys):
+    assert main(["train", "-m", *overrides, "seed=0,0", "logging.every=1,2"]) == 0
+    assert "1 trajectories, 0 of them done" in capsys.readouterr().out
+
+
+def test_what_a_broken_pool_had_not_begun_is_sent_again(overrides, first_folder, monkeypatch, capsys):
+    """Also what an earlier sweep had begun; the folder shows who has been there since."""
+    folders = [RunFolder(settle(compose_config([*overrides, f"seed={n}"])).folder) for n in range(3)]
+    folders[2].path.mkdir()
+    for folder in (folders[0], folders[2]):
+        take_claim(folder.path).release()
+    sent = []
+
+    def launch(shared, jobs, *_):
+        sent.append([own[0] for own in jobs])
+        if len(sent) == 1:
+            take_claim(first_folder.path).release()
+            raise sweep.PoolBroken
+        return [None] * len(jobs)
+
+    monkeypatch.setattr(sweep, "launch", launch)
+    assert main(["train", "-m", *overrides, "seed=0,1,2"]) == 1
+    assert sent == [["seed=0", "seed=1", "seed=2"], ["seed=1", "seed=2"]]
+    assert "a worker process was killed" in capsys.readouterr().err.splitlines()[0]
+
+
 @pytest.mark.slow
 def test_two_sweeps_share_a_study_and_one_that_is_stopped_goes_on(overrides, tmp_path):
     common = [*overrides, "device.threads=1", "budgets=[1e8,10e8]"]
@@ -66,7 +93,7 @@ def test_two_sweeps_share_a_study_and_one_that_is_stopped_goes_on(overrides, tmp
     command = [sys.executable, "-m", "bench", "train", "-m", *common, jobs]
     sweeps = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for _ in range(2)]
     folders = [[RunFolder(settle(compose_config([*c, f"seed={n}"])).folder) for n in range(4)] for c in (whole, common)]
-    while sum(folder.state == "running" for folder in folders[1]) < 2:
+    while sum(folder.metrics.size > 0 for folder in folders[1]) < 2:
         assert all(process.poll() is None for process in sweeps), "a sweep ended before both had begun"
         time.sleep(0.01)
     os.kill(sweeps[0].pid, signal.SIGTERM)
@@ -74,9 +101,4 @@ def test_two_sweeps_share_a_study_and_one_that_is_stopped_goes_on(overrides, tmp
     assert sweeps[1].wait() == 0, sweeps[1].stderr.read()
     for one, other in zip(*folders, strict=True):
         assert other.state == "done"
-        assert rows_without_seconds(one) == rows_without_seconds(other)
-
-
-def rows_without_seconds(folder: RunFolder) -> list[dict]:
-    rows = [*read_rows(folder.metrics.path), *read_rows(folder.results.path)]
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+        assert counted_rows(one) == counted_rows(other)

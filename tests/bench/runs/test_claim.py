@@ -177,8 +177,8 @@ def test_a_heartbeat_needs_no_room_and_shows_whole(tmp_path, monkeypatch):
 
 
 def test_of_many_that_start_at_once_one_trains(tmp_path):
-    """Twenty times, six processes; each winner holds on until all have tried."""
-    for turn in range(20):
+    """Eight times, six processes; each winner holds on until all have tried."""
+    for turn in range(8):
         folder = tmp_path / str(turn)
         folder.mkdir()
         start, tried = folder.with_suffix(".start"), folder.with_suffix(".tried")
@@ -186,7 +186,7 @@ def test_of_many_that_start_at_once_one_trains(tmp_path):
 
         def attempt(folder=folder, start=start, tried=tried) -> None:
             while not start.exists():
-                pass
+                time.sleep(0.0001)
             try:
                 take_claim(folder)
                 (tried / f"{os.getpid()} won").touch()

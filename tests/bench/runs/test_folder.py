@@ -114,6 +114,13 @@ def test_a_resumed_run_keeps_its_description(tmp_path):
     assert (tmp_path / "config.yaml").read_text() == "a: 1\n"
 
 
+@pytest.mark.parametrize("content", [b"", b'{"device": "a', b"[]", b"{}", b"\xff\xfe"])
+def test_a_damaged_description_says_what_to_do(tmp_path, content):
+    (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"run\.json is damaged: delete the run's folder and train it again"):
+        RunFolder(tmp_path).run()
+
+
 def test_one_process_at_a_time(tmp_path):
     first, second = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
     with first.claimed():

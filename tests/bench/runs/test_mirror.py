@@ -19,17 +19,13 @@ from bench.runs.folder import RowFile, read_rows
 from bench.runs.mirror import NoMirror, open_mirror, run_id, start_run, written_rows
 from bench.training import trainer
 from bench.training.train import train
+from tests.bench.trajectories import counted
 
 COSTS = {"model_flops", "flops_6nd", "seconds", "tokens"}
 
 
 def measured(rows: list[dict]) -> list[dict]:
     return [{name: value for name, value in row.items() if value is not None} for row in rows]
-
-
-def timeless(rows: list[dict]) -> list[dict]:
-    """Without what differs when a step is trained again."""
-    return [{k: v for k, v in row.items() if k not in ("seconds", "joules", "dollars", "grams_co2e")} for row in rows]
 
 
 def interrupted(config, monkeypatch, after: int) -> None:
@@ -94,6 +90,7 @@ def test_disabled_is_no_mirror_and_no_import(overrides):
 import sys
 from bench.compose import compose_config
 from bench.training.train import train
+from tests.bench.trajectories import counted
 train(compose_config({overrides!r}))
 sys.exit("wandb" in sys.modules)
 """
@@ -245,7 +242,7 @@ def test_rows_trained_again_after_a_kill_are_not_doubled_online(online, wandb_se
     folder = train(config)
     ours = measured(written_rows(folder))
     assert 0 < before < len(ours)
-    assert timeless(wandb_server.run.rows) == timeless(ours)
+    assert list(map(counted, wandb_server.run.rows)) == list(map(counted, ours))
     assert wandb_server.run.steps == list(range(len(ours)))
 
 

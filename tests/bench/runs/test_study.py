@@ -50,9 +50,17 @@ def test_what_is_composed_once_a_model_is_as_if_each_were_composed():
 
 
 @pytest.mark.parametrize(
-    ("setting", "sentence"), [("seeds=[0,-1]", "seed must not"), ("lrs={default:[0]}", "lr must be")]
+    ("setting", "sentence"),
+    [
+        ("seeds=[0,-1]", "seed must not"),
+        ("lrs={default:[0]}", "lr must be"),
+        ("lrs={default:[true]}", "a list of numbers"),
+        ("budgets={default:[true]}", "a list of numbers"),
+        ("seeds=[]", r"lists no seeds"),
+        ("scales=[]", r"lists no scales"),
+    ],
 )
-def test_seeds_and_rates_are_checked(setting, sentence):
+def test_scales_seeds_and_rates_are_checked(setting, sentence):
     with pytest.raises(UserError, match=sentence):
         study_experiments([*STUDY, f"study.{setting}"])
 
@@ -139,7 +147,7 @@ def rows_of(trained: int, every: int = 3) -> list[dict]:
             trained -= 1
             seconds += 1.0 if leg["budget"] is None else 5.0
             if step % every == 0 or step == leg["end"] or trained == 0:
-                costs = {"seconds": seconds, "joules": 10 * seconds, "dollars": None}
+                costs = {"seconds": seconds, "joules": 10 * seconds, "dollars": None, "grams_co2e": None}
                 rows.append({"step": step, "branch": leg["budget"], **costs})
         if leg["budget"] is None:
             trunk_seconds[leg["end"]] = seconds
@@ -152,13 +160,13 @@ def rows_of(trained: int, every: int = 3) -> list[dict]:
 @pytest.mark.parametrize("every", [1, 3, 100])
 def test_steps_and_costs_are_counted_over_trunk_and_branches(trained, every, seconds):
     done, costs = sum_legs(rows_of(trained, every), [Leg(**leg) for leg in LEGS])
-    assert (done, costs) == (trained, {"seconds": seconds, "joules": 10 * seconds, "dollars": None})
+    assert (done, costs) == (trained, {"seconds": seconds, "joules": 10 * seconds, "dollars": None, "grams_co2e": None})
 
 
 def test_branches_that_begin_at_step_0_have_no_trunk():
     legs = [Leg(0, 10, 1e9), Leg(0, 20, 2e9)]
     rows = [{"step": 10, "branch": 1e9, "seconds": 4.0}, {"step": 5, "branch": 2e9, "seconds": 2.0}]
-    assert sum_legs(rows, legs) == (15, {"seconds": 6.0, "joules": None, "dollars": None})
+    assert sum_legs(rows, legs) == (15, {"seconds": 6.0, "joules": None, "dollars": None, "grams_co2e": None})
 
 
 def test_what_no_row_tells_is_not_summed():
@@ -166,12 +174,12 @@ def test_what_no_row_tells_is_not_summed():
     assert sum_legs([], legs) == (0, {})
     assert sum_legs([{"step": 3, "branch": 5e9, "seconds": 1.0}], legs) == (0, {})
     without_fork = [row for row in rows_of(10) if row["step"] != 8]
-    assert sum_legs(without_fork, legs) == (10, {"seconds": None, "joules": None, "dollars": None})
+    assert sum_legs(without_fork, legs) == (10, {"seconds": None, "joules": None, "dollars": None, "grams_co2e": None})
     partly = rows_of(22)
     partly[0]["joules"] = None  # a row inside a leg does not count
     assert sum_legs(partly, legs)[1]["joules"] == 460.0
     next(row for row in partly if row["step"] == 8)["joules"] = None
-    assert sum_legs(partly, legs)[1] == {"seconds": 46.0, "joules": None, "dollars": None}
+    assert sum_legs(partly, legs)[1] == {"seconds": 46.0, "joules": None, "dollars": None, "grams_co2e": None}
 
 
 def test_standing(overrides, tmp_path):
@@ -211,7 +219,7 @@ def test_standing_while_it_is_trained(begun):
     with folder.claimed():
         standing = stand(experiment)
     assert (standing.state, standing.host) == ("running", os.uname().nodename)
-    assert standing.costs == {"seconds": 18.0, "joules": 180.0, "dollars": None}
+    assert standing.costs == {"seconds": 18.0, "joules": 180.0, "dollars": None, "grams_co2e": None}
     assert stand(experiment).host is None
 
 

@@ -38,8 +38,11 @@ def test_a_peak_can_be_given():
 def test_peaks_by_name(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     device = open_device(DeviceConfig(name="auto"))
     assert (device.torch_device.type, device.precision, device.peak_flops) == ("cuda", "bfloat16", peak)
+    assert [open_device(DeviceConfig(), local_rank=rank).torch_device.index for rank in range(4)] == [0, 1, 0, 1]
     assert open_device(DeviceConfig(name="cuda", precision="float32")).peak_flops is None
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from bench.compose import compose_config
 from bench.config import settle
-from bench.runs.folder import RunFolder, read_rows
+from bench.runs.folder import MEASURED, RunFolder, read_rows
 from bench.training.train import train
 
 ROOT = Path(__file__).parents[3]
@@ -57,7 +57,7 @@ def assert_same_numbers(one: RunFolder, other: RunFolder) -> None:
         for our_row, their_row in zip(ours, theirs, strict=True):
             assert our_row.keys() == their_row.keys()
             for key, value in our_row.items():
-                if key != "seconds":
+                if key not in MEASURED:
                     assert their_row[key] == (value if value is None else pytest.approx(value, rel=2e-4)), key
 
 
@@ -138,6 +138,8 @@ def test_a_dead_worker_ends_the_others_and_nothing_is_lost(overrides, tmp_path):
         _, complaint = process.communicate(timeout=120)
         assert process.returncode == (1 if victim == "worker" else -signal.SIGKILL), complaint
         assert "Traceback" not in complaint
+        if victim == "worker":
+            assert folder.failure == "TrajectoryFailed: a worker was killed by signal 9: start it again to go on"
         deadline = time.monotonic() + 60
         while any(Path(f"/proc/{worker}").exists() for worker in workers):
             assert time.monotonic() < deadline, "workers outlive their parent"
@@ -159,3 +161,5 @@ def test_what_goes_wrong_in_a_worker_is_one_line(overrides, more, status, senten
     assert done.returncode == status
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith(sentence)
+    assert folder_of([*overrides, *more]).state == "failed"
+    assert folder_of([*overrides, *more]).failure.endswith(line.partition(": ")[2])

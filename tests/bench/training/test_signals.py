@@ -51,13 +51,16 @@ def test_a_launchers_handler_has_its_turn_after_the_checkpoint():
         signal.signal(signal.SIGUSR2, before)
 
 
-def test_a_handler_that_returns_leaves_the_stop_to_us():
-    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+def test_a_handler_that_returns_wants_the_work_to_go_on():
+    """As submitit's for SIGTERM: a job that ended by itself would not be queued again."""
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
     try:
         with StopSignals() as signals:
-            os.kill(os.getpid(), signal.SIGTERM)
-            with pytest.raises(Stopped):
+            for times in (1, 2):
+                os.kill(os.getpid(), signal.SIGTERM)
                 signals.stop()
+                assert (len(heard), signals.received) == (times, None)
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -19,17 +19,13 @@ from bench.runs.claim import ClaimLost, claim_path, newest_number
 from bench.runs.folder import RunFolder, read_rows
 from bench.training.train import train
 from bench.training.trainer import Trainer
+from tests.bench.trajectories import counted_rows
 
 ROOT = Path(__file__).parents[3]
 
 
 def run_folder(overrides) -> RunFolder:
     return RunFolder(settle(compose_config(overrides)).folder)
-
-
-def rows_without_seconds(folder: RunFolder) -> list[dict]:
-    rows = [*read_rows(folder.metrics.path), *read_rows(folder.results.path)]
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
 def before_step(monkeypatch, number: int, do) -> None:
@@ -50,7 +46,7 @@ def stop(trainer):
 
 @pytest.fixture
 def undisturbed(overrides, tmp_path) -> list[dict]:
-    return rows_without_seconds(RunFolder(train(compose_config([*overrides, f"paths.runs={tmp_path}/whole"]))))
+    return counted_rows(RunFolder(train(compose_config([*overrides, f"paths.runs={tmp_path}/whole"]))))
 
 
 @pytest.mark.slow
@@ -68,14 +64,14 @@ def test_a_disk_that_is_full_at_a_checkpoint(overrides, undisturbed):
     )
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
-    assert line.startswith("error: cannot write")
+    assert line.startswith("error: cannot use")
     assert "File too large; mend that and start again" in line
     folder = run_folder(overrides)
     assert folder.state == "failed"
-    assert folder.failure.startswith("UserError: cannot write")
+    assert folder.failure.startswith("UserError: cannot use")
     assert len(list(folder.checkpoints.glob("leg-*[0-9]"))) == 1
     assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
-    assert rows_without_seconds(folder) == undisturbed
+    assert counted_rows(folder) == undisturbed
 
 
 def test_a_process_that_was_overtaken_writes_nothing_more(overrides, undisturbed, monkeypatch):
@@ -92,14 +88,14 @@ def test_a_process_that_was_overtaken_writes_nothing_more(overrides, undisturbed
     assert len(read_rows(folder.metrics.path)) == 7
     assert folder.state == "unfinished"
     train(compose_config(overrides))
-    assert rows_without_seconds(folder) == undisturbed
+    assert counted_rows(folder) == undisturbed
 
 
 def test_a_clock_that_jumps_changes_nothing(overrides, undisturbed, monkeypatch):
     clock = random.Random(0)
     monkeypatch.setattr(time, "time", lambda: clock.uniform(0, 4e9))
     train(compose_config([*overrides, "logging.checkpoint_seconds=0"]))
-    assert rows_without_seconds(run_folder(overrides)) == undisturbed
+    assert counted_rows(run_folder(overrides)) == undisturbed
 
 
 def test_a_trajectory_is_not_continued_in_another_precision(overrides, undisturbed, monkeypatch):
@@ -110,7 +106,7 @@ def test_a_trajectory_is_not_continued_in_another_precision(overrides, undisturb
     with pytest.raises(UserError, match=r"begun in float32, not bfloat16: set device\.precision=float32"):
         train(compose_config([*overrides, "device.precision=bfloat16"]))
     train(compose_config(overrides))
-    assert rows_without_seconds(run_folder(overrides)) == undisturbed
+    assert counted_rows(run_folder(overrides)) == undisturbed
 
 
 def test_a_study_that_changed_begins_anew_beside_what_is_there(overrides, monkeypatch):
@@ -134,12 +130,12 @@ def test_on_another_kind_of_device_seconds_are_no_longer_told(overrides, undistu
     run = {**folder.run(), "device": "a faster machine"}
     (folder.path / "run.json").write_text(json.dumps(run))
     train(compose_config([*overrides]))
-    assert "begun on a faster machine" in capsys.readouterr().out
+    assert "begun with device a faster machine:" in capsys.readouterr().out
     assert all(seconds is not None for seconds in told)
     after = [row["seconds"] for row in read_rows(folder.metrics.path)[len(told) :]]
     assert after
     assert set(after) == {None}
-    assert rows_without_seconds(folder) == undisturbed
+    assert counted_rows(folder) == undisturbed
 
 
 @pytest.mark.parametrize("signals", [1, 5])
@@ -158,4 +154,4 @@ def test_a_signal_stops_at_a_checkpoint(overrides, undisturbed, monkeypatch, sig
     rows = len(read_rows(folder.metrics.path))
     assert rows == 11  # the step in which it arrived is finished
     train(compose_config(overrides))
-    assert rows_without_seconds(folder) == undisturbed
+    assert counted_rows(folder) == undisturbed

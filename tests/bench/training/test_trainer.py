@@ -1,10 +1,13 @@
+import itertools
 import json
 import math
 import multiprocessing
 import os
+import random
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,13 +21,14 @@ from bench.data import open_dataset
 from bench.errors import UserError
 from bench.runs.folder import RunFolder, read_rows
 from bench.runs.mirror import NoMirror
+from bench.training.checkpoint import checkpoint_name, list_checkpoints
 from bench.training.device import open_device
 from bench.training.schedule import WSD
 from bench.training.train import train
 from bench.training.trainer import Diverged, Trainer
+from tests.bench.trajectories import counted, counted_rows
 
 ROOT = Path(__file__).parents[3]
-CLOCKS = ("seconds",)
 
 
 def make_trainer(overrides, *more) -> Trainer:
@@ -35,10 +39,6 @@ def make_trainer(overrides, *more) -> Trainer:
     return Trainer(experiment, dataset, open_device(experiment.device), folder)
 
 
-def rows_without_clocks(path: Path) -> list[dict]:
-    return [{key: value for key, value in row.items() if key not in CLOCKS} for row in read_rows(path)]
-
-
 def final_weights(trainer_or_folder) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
@@ -46,9 +46,12 @@ def final_weights(trainer_or_folder) -> dict[str, torch.Tensor]:
     return {name: tensor for path in (newest / "weights").iterdir() for name, tensor in load_file(path).items()}
 
 
+def counted_results(folder: RunFolder) -> list[dict]:
+    return list(map(counted, read_rows(folder.results.path)))
+
+
 def assert_same_run(one: RunFolder, other: RunFolder) -> None:
-    for name in ("metrics.jsonl", "results.jsonl"):
-        assert rows_without_clocks(one.path / name) == rows_without_clocks(other.path / name), name
+    assert counted_rows(one) == counted_rows(other)
     ours, theirs = final_weights(one), final_weights(other)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -87,10 +90,10 @@ def test_a_branch_equals_a_trajectory_trained_for_that_budget_alone(overrides, t
     """Branches leave the trunk's state untouched, and the trunk theirs: each result stands for itself."""
     together = make_trainer(overrides, "schedule.warmup=0")
     together.run(NoMirror())
-    for budget, row in zip((3e7, 7e7, 14e7), rows_without_clocks(together.folder.results.path), strict=True):
+    for budget, row in zip((3e7, 7e7, 14e7), counted_results(together.folder), strict=True):
         alone = make_trainer(overrides, "schedule.warmup=0", f"budgets=[{budget}]", f"paths.runs={tmp_path}/alone")
         alone.run(NoMirror())
-        assert rows_without_clocks(alone.folder.results.path) == [row]
+        assert counted_results(alone.folder) == [row]
 
 
 def test_cosine_trains_each_budget_from_scratch(overrides, tmp_path):
@@ -98,7 +101,7 @@ def test_cosine_trains_each_budget_from_scratch(overrides, tmp_path):
     together.run(NoMirror())
     alone = make_trainer(overrides, "schedule=cosine", "budgets=[140000000]", f"paths.runs={tmp_path}/alone")
     alone.run(NoMirror())
-    assert rows_without_clocks(together.folder.results.path)[-1:] == rows_without_clocks(alone.folder.results.path)
+    assert counted_results(together.folder)[-1:] == counted_results(alone.folder)
 
 
 class Cut(Exception):
@@ -153,6 +156,46 @@ def test_rows_written_after_the_checkpoint_are_not_doubled(overrides, tmp_path):
     assert_same_run(whole.folder, again.folder)
 
 
+class MeterOfSteps:
+    """Stands for a meter that reads a joule for each training step, and very many for all else."""
+
+    source, problem = "a stand-in", None
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.joules = random.uniform(0, 1e6)  # of whatever ran before
+        trainer.meter = self
+        for name, joules in {"train_step": 1, "load": 1000, "evaluator": 1000, "warm_up": 1000, "prune": 1000}.items():
+            setattr(trainer, name, self.counting(getattr(trainer, name), joules))
+
+    def counting(self, work, joules):
+        def counted(*arguments, **named):
+            self.joules += joules
+            return work(*arguments, **named)
+
+        return counted
+
+    def read(self) -> float:
+        return self.joules
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("cuts", [[], [0], [3, 5], [7, 9], list(range(6))])
+@pytest.mark.parametrize("schedule", ["wsd", "cosine"])
+def test_joules_are_those_of_the_training_steps_on_a_rows_path(overrides, cuts, schedule):
+    for steps in [*cuts, 10**9]:
+        trainer = make_trainer(overrides, "logging.checkpoint_seconds=0", f"schedule={schedule}", "evaluation.every=3")
+        cut_after(trainer, steps)
+        MeterOfSteps(trainer)
+        with suppress(Cut):
+            trainer.run(NoMirror())
+    rows = [*read_rows(trainer.folder.metrics.path), *read_rows(trainer.folder.results.path)]
+    assert len(rows) > 20
+    for row in rows:
+        assert row["joules"] == pytest.approx(row["step"], abs=0.01)
+
+
 @pytest.mark.slow
 def test_thirty_kills_leave_the_same_bits(overrides, tmp_path):
     """In trunk and branches, while rows and checkpoints are written."""
@@ -190,7 +233,7 @@ def test_a_resumed_trajectory_keeps_its_number_of_threads(overrides, tmp_path):
         arguments = [*common, f"paths.runs={tmp_path}/{runs}"]
         folders.append(RunFolder(settle(compose_config(arguments)).folder))
         for threads in offers:
-            environment = {**os.environ, "OMP_NUM_THREADS": threads}
+            environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
             process = subprocess.Popen([sys.executable, "-m", "bench", "train", *arguments], cwd=ROOT, env=environment)
             while threads != offers[-1] and process.poll() is None and not folders[-1].metrics.size:
                 time.sleep(0.01)
@@ -285,6 +328,44 @@ def test_a_damaged_checkpoint_is_passed_over(overrides, tmp_path, capsys):
     assert_same_run(whole.folder, again.folder)
 
 
+def damage(checkpoint: Path) -> None:
+    (checkpoint / "progress.json").write_text("[]")
+
+
+def test_any_one_checkpoint_may_be_damaged(overrides, tmp_path):
+    """Also the first of a leg, when the one before lies in a branch, which needs its own fork to go back to."""
+    overrides = [*overrides, "budgets=[30000000,70000000]"]
+    whole = make_trainer(overrides, f"paths.runs={tmp_path}/whole")
+    whole.run(NoMirror())
+    for steps in itertools.accumulate(leg.steps for leg in whole.legs[:-1]):
+        common = [*overrides, "logging.checkpoint_seconds=0", f"paths.runs={tmp_path}/{steps}"]
+        trainer = make_trainer(common)
+        cut_after(trainer, steps)
+        with pytest.raises(Cut):
+            trainer.run(NoMirror())
+        damage(list_checkpoints(trainer.folder.checkpoints)[-1])
+        again = make_trainer(common)
+        again.run(NoMirror())
+        assert_same_run(whole.folder, again.folder)
+
+
+def test_damaged_checkpoints_do_not_outlast_later_ones(overrides):
+    """They would count as the newest, and those written until they are reached would be removed at once."""
+    common = [*overrides, "logging.checkpoint_seconds=0"]
+    trainer = make_trainer(common)
+    cut_after(trainer, 9)
+    with pytest.raises(Cut):
+        trainer.run(NoMirror())
+    for checkpoint in list_checkpoints(trainer.folder.checkpoints):
+        damage(checkpoint)
+    again = make_trainer(common)
+    cut_after(again, 3)
+    with pytest.raises(Cut):
+        again.run(NoMirror())
+    left = list_checkpoints(again.folder.checkpoints)
+    assert [path.name for path in left] == [checkpoint_name(0, step) for step in (0, 2, 3)]
+
+
 def test_a_trunk_does_not_go_on_from_a_damaged_fork(overrides):
     trainer = make_trainer(overrides)
     branch = next(number for number, leg in enumerate(trainer.legs) if leg.budget is not None)
@@ -292,7 +373,7 @@ def test_a_trunk_does_not_go_on_from_a_damaged_fork(overrides):
 
     def damage_the_fork():
         if trainer.progress.leg == branch:
-            (weights,) = (trainer.leg_start / "weights").iterdir()
+            (weights,) = (trainer.leg_start(branch) / "weights").iterdir()
             weights.write_bytes(weights.read_bytes()[:-1] + b"!")
         return evaluate()
 
@@ -322,6 +403,23 @@ def test_compiled_training_matches(overrides):
     compiled.experiment = replace(compiled.experiment, device=replace(compiled.experiment.device, compile=True))
     compiled.warm_up()
     assert compiled.train_step(1e-3) == pytest.approx(plain.train_step(1e-3), rel=1e-5)
+
+
+def test_every_shape_is_compiled_before_the_clock_runs(overrides):
+    trainer = make_trainer(overrides, "device.micro_batch=3", "device.compile=true")
+    shapes, forward = set(), trainer.model
+
+    def note(inputs, targets):
+        shapes.add((tuple(inputs.shape), torch.is_grad_enabled()))
+        return forward(inputs, targets)
+
+    note.eval, note.train, note.training = forward.eval, forward.train, forward.training
+    trainer.forward = note
+    trainer.warm_up()
+    warm = set(shapes)
+    trainer.train_step(1e-3)
+    trainer.evaluate()
+    assert shapes == warm
 
 
 def test_rows_are_json_without_nan(overrides):

@@ -10,25 +10,41 @@ from bench.training.trainer import share_of
 from bench.training.workers import workers_to_start
 from bench.training.world import ALONE, World, find_world, step_address
 
-TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "node07"}
 SRUN = {"SLURM_STEP_NUM_TASKS": "6", "SLURM_STEP_NUM_NODES": "2", "SLURM_PROCID": "4", "SLURM_LOCALID": "1"}
 BATCH_SCRIPT = {"SLURM_NTASKS": "6", "SLURM_PROCID": "0", "SLURM_JOB_ID": "9"}
 
 
 @pytest.mark.parametrize(
-    ("environment", "world", "machines"),
+    ("environment", "world"),
     [
-        ({}, ALONE, 1),
-        (TORCHRUN, World(5, 8, 1, 4), 2),
-        (SRUN, World(4, 6, 1, 3), 2),
-        (BATCH_SCRIPT, ALONE, 1),  # it is one process, whatever `srun` would start
-        ({**SRUN, "SLURM_STEP_NUM_TASKS": "1"}, ALONE, 1),
-        ({**SRUN, **TORCHRUN}, World(5, 8, 1, 4), 2),
+        ({}, ALONE),
+        (TORCHRUN, World(5, 8, 1, 2)),
+        (SRUN, World(4, 6, 1, 2)),
+        (BATCH_SCRIPT, ALONE),  # it is one process, whatever `srun` would start
+        ({**SRUN, "SLURM_STEP_NUM_TASKS": "1"}, ALONE),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, ALONE),
+        ({"RANK": "0", "WORLD_SIZE": "", "SLURM_STEP_NUM_TASKS": ""}, ALONE),
+        ({**SRUN, "SLURM_STEP_NUM_TASKS": "9", "SLURM_STEP_NUM_NODES": "4"}, World(4, 9, 1, 4)),
+        ({**SRUN, **TORCHRUN}, World(5, 8, 1, 2)),
     ],
 )
-def test_the_environment_says_where_a_process_is(environment, world, machines):
+def test_the_environment_says_where_a_process_is(environment, world):
     assert find_world(environment) == world
-    assert find_world(environment).machines == machines
+
+
+@pytest.mark.parametrize(
+    ("environment", "sentence"),
+    [
+        ({**TORCHRUN, "WORLD_SIZE": "abc"}, "WORLD_SIZE=abc is no number"),
+        ({**TORCHRUN, "RANK": "-1"}, "RANK=-1 is no number"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR is not set: start it with torchrun"),
+        ({**SRUN, "SLURM_STEP_NUM_TASKS": "x"}, "SLURM_STEP_NUM_TASKS=x is no number"),
+    ],
+)
+def test_what_nobody_can_mean_is_named(environment, sentence):
+    with pytest.raises(UserError, match=sentence):
+        find_world(environment)
 
 
 @pytest.mark.parametrize(
@@ -38,6 +54,8 @@ def test_the_environment_says_where_a_process_is(environment, world, machines):
         (0, {}, 0),  # no GPU here: alone
         (3, {}, 3),
         (3, TORCHRUN, 0),  # it is a worker
+        (3, {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "1"}, 0),
+        (3, {"RANK": "0", "WORLD_SIZE": "1"}, 3),  # left over from something else
         (1, SRUN, 0),  # so is every task
         (3, SRUN, 3),  # each task stands for a machine
         (0, SRUN, 1),
