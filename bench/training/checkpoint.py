@@ -134,7 +134,8 @@ def is_sound(path: Path) -> bool:
     try:
         account = _read_account(path)
         Progress(**account["progress"])
-        return all(_hash(path / name) == expected for name, expected in account["hashes"].items())
+        hashes = account["hashes"]
+        return bool(hashes) and all(_hash(path / name) == expected for name, expected in hashes.items())
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

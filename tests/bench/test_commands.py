@@ -11,7 +11,8 @@ import pytest
 from bench.__main__ import COMMANDS, main
 from bench.compose import compose_config
 from bench.config import settle
-from bench.runs.folder import RunFolder, read_rows
+from bench.runs.folder import read_rows
+from tests.bench.trajectories import descendants, folder_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -115,7 +116,7 @@ def test_what_fails_leaves_its_account_and_is_tried_again(overrides, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(trainer.Trainer, "train_step", explode)
         assert main(["train", *overrides]) == 1
-    folder = RunFolder(settle(compose_config(overrides)).folder)
+    folder = folder_of(overrides)
     assert folder.state == "failed"
     assert "step 0: loss nan" in folder.failure
     assert "Traceback" in (folder.path / "FAILED").read_text()
@@ -151,7 +152,7 @@ def test_a_gpu_without_memory_is_a_users_matter(overrides, monkeypatch, capsys):
     monkeypatch.setattr(trainer.Trainer, "train_step", exhaust)
     assert main(["train", *overrides]) == 2
     assert capsys.readouterr().err == "error: the GPU ran out of memory: set device.micro_batch below 4\n"
-    assert RunFolder(settle(compose_config(overrides)).folder).state == "failed"
+    assert folder_of(overrides).state == "failed"
 
 
 def test_a_plain_sweep(overrides, capsys):
@@ -204,12 +205,6 @@ def test_a_study_from_training_to_report(study, launcher, capsys):
     assert "layer_norm" in report
 
 
-def children(pid: int) -> list[int]:
-    """Process ids; the fourth field of /proc/*/stat is the parent's."""
-    stats = [stat.read_text().rpartition(")") for stat in Path("/proc").glob("[0-9]*/stat")]
-    return [int(head.split()[0]) for head, _, tail in stats if int(tail.split()[1]) == pid]
-
-
 @pytest.mark.slow
 def test_a_killed_sweep_takes_its_workers_along_and_goes_on_to_the_same_numbers(study, tmp_path):
     common = [*as_study_file(study), "budgets=[1e9,2e9,4e9]", "hydra/launcher=joblib", "device.threads=1"]
@@ -219,7 +214,7 @@ def test_a_killed_sweep_takes_its_workers_along_and_goes_on_to_the_same_numbers(
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     while not list(tmp_path.glob("killed/small/*/*/*/metrics.jsonl")) and process.poll() is None:
         time.sleep(0.01)
-    workers = children(process.pid)
+    workers = list(descendants(process.pid))
     assert len(workers) >= 2
     process.kill()
     process.wait()

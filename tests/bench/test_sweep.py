@@ -12,18 +12,16 @@ import pytest
 
 from bench import sweep
 from bench.__main__ import main
-from bench.compose import compose_config
-from bench.config import settle
 from bench.runs.claim import take_claim
 from bench.runs.folder import RunFolder
-from tests.bench.trajectories import counted_rows
+from tests.bench.trajectories import counted_rows, folder_of
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def first_folder(overrides) -> RunFolder:
-    folder = RunFolder(settle(compose_config(overrides)).folder)
+    folder = folder_of(overrides)
     folder.path.mkdir(parents=True)
     return folder
 
@@ -37,7 +35,7 @@ def quick_looks(monkeypatch):
 def test_what_another_process_trains_is_left_to_it(overrides, first_folder, quick_looks, capsys, left):
     """Another one ends it, leaves it to this sweep, or fails in it, while this sweep has trained the rest."""
     claim = take_claim(first_folder.path)
-    second = RunFolder(settle(compose_config([*overrides, "seed=1"])).folder)
+    second = folder_of([*overrides, "seed=1"])
 
     def end() -> None:
         while second.state != "done":
@@ -65,7 +63,7 @@ def test_what_is_one_trajectory_is_trained_and_counted_once(overrides, capsys):
 
 def test_what_a_broken_pool_had_not_begun_is_sent_again(overrides, first_folder, monkeypatch, capsys):
     """Also what an earlier sweep had begun; the folder shows who has been there since."""
-    folders = [RunFolder(settle(compose_config([*overrides, f"seed={n}"])).folder) for n in range(3)]
+    folders = [folder_of([*overrides, f"seed={n}"]) for n in range(3)]
     folders[2].path.mkdir()
     for folder in (folders[0], folders[2]):
         take_claim(folder.path).release()
@@ -92,7 +90,7 @@ def test_two_sweeps_share_a_study_and_one_that_is_stopped_goes_on(overrides, tmp
     assert main(["train", "-m", *whole, jobs]) == 0
     command = [sys.executable, "-m", "bench", "train", "-m", *common, jobs]
     sweeps = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for _ in range(2)]
-    folders = [[RunFolder(settle(compose_config([*c, f"seed={n}"])).folder) for n in range(4)] for c in (whole, common)]
+    folders = [[folder_of([*c, f"seed={n}"]) for n in range(4)] for c in (whole, common)]
     while sum(folder.metrics.size > 0 for folder in folders[1]) < 2:
         assert all(process.poll() is None for process in sweeps), "a sweep ended before both had begun"
         time.sleep(0.01)

@@ -47,7 +47,7 @@ def test_what_is_not_known_is_not_summed(experiment):
 
 
 def test_who_trains_and_what_was_measured(experiment):
-    measured = {"seconds": 61.728, "joules": None, "dollars": 0.05}
+    measured = {"seconds": 61.728, "joules": None, "dollars": 0.05, "grams_co2e": None}
     standings = [
         Standing(experiment, "running", "", 1e9, 2e9, "node[7]", measured),
         Standing(experiment, "unfinished", "", 1e9, 2e9, None, {**measured, "joules": 1234.5, "dollars": None}),

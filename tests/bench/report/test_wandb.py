@@ -3,8 +3,6 @@
 import csv
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from bench.gains.sources.wandb import read
 from bench.report.figures import all_figures
 from bench.report.wandb import publish
 from tests.bench.report.conftest import HOSTILE, make_gain, make_gains
+from tests.bench.trajectories import read_offline_run
 
 wandb = pytest.importorskip("wandb")
 
@@ -24,9 +23,7 @@ def published(gains, folder, study="quickstart") -> tuple[Path, dict[str, dict],
     """The offline run, its records by kind (the last of each), and what it logged."""
     place = Path(publish(gains, write_gains(gains, folder), WandbConfig(mode="offline"), study))
     wandb.teardown()
-    command = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", str(place)]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    records = {record["type"]: record for record in map(json.loads, lines)}
+    records = {record["type"]: record for record in read_offline_run(place)}
     logged: dict[str, dict] = {}
     for name, value in records["history"]["history"]["item"].items():
         if not name.startswith("_"):

@@ -1,4 +1,3 @@
-import json
 import os
 import signal
 import subprocess
@@ -19,36 +18,9 @@ from bench.runs.folder import RowFile, read_rows
 from bench.runs.mirror import NoMirror, open_mirror, run_id, start_run, written_rows
 from bench.training import trainer
 from bench.training.train import train
-from tests.bench.trajectories import counted
+from tests.bench.trajectories import counted, interrupted, read_offline_run, without_nulls
 
 COSTS = {"model_flops", "flops_6nd", "seconds", "tokens"}
-
-
-def measured(rows: list[dict]) -> list[dict]:
-    return [{name: value for name, value in row.items() if value is not None} for row in rows]
-
-
-def interrupted(config, monkeypatch, after: int) -> None:
-    """Trains as if it were killed once it has written that many rows of metrics."""
-    append, written = RowFile.append, []
-
-    def stop(file, row):
-        append(file, row)
-        written.append(row)
-        if len(written) == after:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RowFile, "append", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(config)
-
-
-def inspect(offline: Path) -> list[dict]:
-    """The records of an offline run, as wandb's own reader tells them."""
-    command = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", str(offline)]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    return [json.loads(line) for line in lines]
 
 
 # The order of rows
@@ -90,7 +62,7 @@ def test_disabled_is_no_mirror_and_no_import(overrides):
 import sys
 from bench.compose import compose_config
 from bench.training.train import train
-from tests.bench.trajectories import counted
+from tests.bench.trajectories import counted, interrupted, read_offline_run, without_nulls
 train(compose_config({overrides!r}))
 sys.exit("wandb" in sys.modules)
 """
@@ -160,11 +132,11 @@ def offline(overrides) -> list[str]:
 def test_an_offline_run_holds_our_rows(offline):
     folder = train(compose_config(offline))
     (written,) = (folder / "wandb").glob("offline-run-*")
-    records = inspect(written)
+    records = read_offline_run(written)
     history = [record["history"]["item"] for record in records if record["type"] == "history"]
     plain = [{name: value for name, value in row.items() if not name.startswith("_")} for row in history]
     ours = written_rows(folder)
-    assert plain == measured(ours)
+    assert plain == without_nulls(ours)
     assert [row["_step"] for row in history] == list(range(len(ours)))
     assert all(row.keys() >= COSTS for row in plain), "every row can be drawn against every cost"
     metrics = {record["metric"].get("name"): record["metric"] for record in records if record["type"] == "metric"}
@@ -185,7 +157,7 @@ def test_a_trajectory_that_fails_ends_as_failed(offline, monkeypatch):
     with pytest.raises(trainer.Diverged):
         train(config)
     (written,) = Path(config.paths.runs).rglob("offline-run-*")
-    assert [record["exit"]["exit_code"] for record in inspect(written) if record["type"] == "exit"] == [1]
+    assert [record["exit"]["exit_code"] for record in read_offline_run(written) if record["type"] == "exit"] == [1]
 
 
 def test_gains_of_a_resumed_offline_run_are_those_of_our_files(offline, monkeypatch):
@@ -211,7 +183,7 @@ def test_a_resumed_offline_run_gives_each_row_its_number_again(offline, monkeypa
     for row in run.history:
         step = row["_step"]
         rows.setdefault(step, []).append({name: value for name, value in row.items() if not name.startswith("_")})
-    ours = measured(written_rows(folder))
+    ours = without_nulls(written_rows(folder))
     assert sorted(rows) == list(range(len(ours)))
     assert any(len(twice) == 2 for twice in rows.values())
     assert [rows[step][-1] for step in sorted(rows)] == ours
@@ -229,7 +201,7 @@ def online(overrides) -> list[str]:
 def test_an_online_run_holds_our_rows(online, wandb_server):
     folder = train(compose_config(online))
     run = wandb_server.run
-    assert run.rows == measured(written_rows(folder))
+    assert run.rows == without_nulls(written_rows(folder))
     assert run.exits == [0]
     told = {key: run.told[key] for key in ("project", "groupName", "jobType", "tags")}
     assert told == {"project": "cegbench", "groupName": "test", "jobType": "train", "tags": ["rope"]}
@@ -240,7 +212,7 @@ def test_rows_trained_again_after_a_kill_are_not_doubled_online(online, wandb_se
     interrupted(config, monkeypatch, after=8)
     before = len(wandb_server.run.rows)
     folder = train(config)
-    ours = measured(written_rows(folder))
+    ours = without_nulls(written_rows(folder))
     assert 0 < before < len(ours)
     assert list(map(counted, wandb_server.run.rows)) == list(map(counted, ours))
     assert wandb_server.run.steps == list(range(len(ours)))
@@ -252,7 +224,7 @@ def test_going_online_after_an_offline_session_leaves_no_gap(online, wandb_serve
     interrupted(offline, monkeypatch, after=8)
     assert not wandb_server.runs
     folder = train(config)
-    assert wandb_server.run.rows == measured(written_rows(folder))
+    assert wandb_server.run.rows == without_nulls(written_rows(folder))
 
 
 def test_what_wandb_does_in_mid_training_does_not_end_it(online, wandb_server, monkeypatch, capsys):
@@ -276,7 +248,7 @@ def test_what_wandb_does_in_mid_training_does_not_end_it(online, wandb_server, m
     assert capsys.readouterr().err.count("W&B:") == 1
     assert not wandb_server.run.exits
     another = train(compose_config([*online, "seed=1"]))
-    assert [run.rows for run in wandb_server.runs.values()][-1] == measured(written_rows(another))
+    assert [run.rows for run in wandb_server.runs.values()][-1] == without_nulls(written_rows(another))
 
 
 @pytest.mark.parametrize("method", ["log", "finish"])

@@ -18,26 +18,7 @@ from bench.runs.mirror import run_id, written_rows
 from bench.runs.upload import Incomplete, upload
 from bench.training.train import train
 from tests.bench.conftest import ServerRun
-
-
-def measured(rows: list[dict]) -> list[dict]:
-    return [{name: value for name, value in row.items() if value is not None} for row in rows]
-
-
-def interrupted(config, monkeypatch, after: int, mistake=KeyboardInterrupt) -> None:
-    """Trains as if it were killed once it has written that many rows."""
-    append, written = RowFile.append, []
-
-    def stop(file, row):
-        append(file, row)
-        written.append(row)
-        if len(written) == after:
-            raise mistake
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RowFile, "append", stop)
-        with pytest.raises(mistake):
-            train(config)
+from tests.bench.trajectories import interrupted, without_nulls
 
 
 @pytest.fixture
@@ -51,7 +32,7 @@ def has(wandb_server, config):
 
     def put(count: int) -> ServerRun:
         experiment = settle(config)
-        rows = measured(written_rows(experiment.folder))[:count]
+        rows = without_nulls(written_rows(experiment.folder))[:count]
         lines = [json.dumps({**row, "_step": number}) for number, row in enumerate(rows)]
         run = wandb_server.runs[run_id(experiment.digest, experiment.study)] = ServerRun(lines=lines)
         return run
@@ -63,7 +44,7 @@ def has(wandb_server, config):
 def test_what_is_missing_is_uploaded(there, config, has):
     """The server has none, some, all but one, or all of the rows."""
     folder = train(config)
-    ours = measured(written_rows(folder))
+    ours = without_nulls(written_rows(folder))
     had = len(ours[:there])
     run = has(had)
     assert upload(settle(config)) == f"done: {len(ours) - had} rows uploaded, {had} were there"
@@ -82,7 +63,7 @@ def test_offline_sessions_become_one_run(overrides, wandb_server, monkeypatch):
     assert len(list((folder / "wandb").glob("offline-run-*"))) == 3
     files = sorted(folder.rglob("*"))
     upload(settle(config))
-    assert wandb_server.run.rows == measured(written_rows(folder))
+    assert wandb_server.run.rows == without_nulls(written_rows(folder))
     assert sorted(folder.rglob("*")) == files, "an upload leaves nothing behind"
     told = {key: wandb_server.run.told[key] for key in ("project", "groupName", "jobType", "tags", "displayName")}
     assert told == {
@@ -101,7 +82,7 @@ def test_offline_sessions_become_one_run(overrides, wandb_server, monkeypatch):
 @pytest.mark.parametrize("mistake", [KeyboardInterrupt, MemoryError])
 def test_interrupted_in_the_middle_and_repeated(mistake, config, wandb_server, monkeypatch):
     folder = train(config)
-    ours = measured(written_rows(folder))
+    ours = without_nulls(written_rows(folder))
     real = uploads.send
 
     def stop(run, number, row):
@@ -180,7 +161,7 @@ def test_rows_that_do_not_arrive_are_no_success(config, wandb_server):
         upload(settle(config))
     wandb_server.takes_rows = True
     upload(settle(config))
-    assert wandb_server.run.rows == measured(written_rows(folder))
+    assert wandb_server.run.rows == without_nulls(written_rows(folder))
 
 
 def test_without_a_key_nothing_is_uploaded(config, wandb_server, monkeypatch):

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from bench.compose import compose_config
-from bench.config import settle
 from bench.runs.folder import MEASURED, RunFolder, read_rows
 from bench.training.train import train
+from tests.bench.trajectories import descendants, folder_of
 
 ROOT = Path(__file__).parents[3]
 LONG = "budgets=[3e8,27e8]"  # long enough to be interrupted
@@ -32,10 +32,6 @@ def start(overrides: list[str]) -> subprocess.Popen:
 
 def run(overrides: list[str]) -> subprocess.CompletedProcess:
     return subprocess.run(command(overrides), cwd=ROOT, capture_output=True, text=True, timeout=300)
-
-
-def folder_of(overrides: list[str]) -> RunFolder:
-    return RunFolder(settle(compose_config(overrides)).folder)
 
 
 def wait_for_rows(folder: RunFolder, more_than: int) -> None:
@@ -59,20 +55,6 @@ def assert_same_numbers(one: RunFolder, other: RunFolder) -> None:
             for key, value in our_row.items():
                 if key not in MEASURED:
                     assert their_row[key] == (value if value is None else pytest.approx(value, rel=2e-4)), key
-
-
-def workers_of(process: subprocess.Popen) -> list[int]:
-    """Its children that train, leaving out helpers of multiprocessing."""
-    found = []
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(status.read_text().rsplit(")", 1)[1].split()[1])
-            arguments = (status.parent / "cmdline").read_text()
-        except (OSError, IndexError):
-            continue
-        if parent == process.pid and "spawn_main" in arguments:
-            found.append(int(status.parent.name))
-    return found
 
 
 @pytest.mark.parametrize(
@@ -132,7 +114,7 @@ def test_a_dead_worker_ends_the_others_and_nothing_is_lost(overrides, tmp_path):
     for victim in ("worker", "parent"):
         process = start(common)
         wait_for_rows(folder, len(read_rows(folder.metrics.path)) + 3)
-        workers = workers_of(process)
+        workers = [pid for pid, line in descendants(process.pid).items() if "spawn_main" in line]
         assert len(workers) == 2
         os.kill(workers[1] if victim == "worker" else process.pid, signal.SIGKILL)
         _, complaint = process.communicate(timeout=120)

@@ -13,19 +13,14 @@ from pathlib import Path
 import pytest
 
 from bench.compose import compose_config
-from bench.config import settle
 from bench.errors import Stopped, UserError
 from bench.runs.claim import ClaimLost, claim_path, newest_number
 from bench.runs.folder import RunFolder, read_rows
 from bench.training.train import train
 from bench.training.trainer import Trainer
-from tests.bench.trajectories import counted_rows
+from tests.bench.trajectories import counted_rows, folder_of
 
 ROOT = Path(__file__).parents[3]
-
-
-def run_folder(overrides) -> RunFolder:
-    return RunFolder(settle(compose_config(overrides)).folder)
 
 
 def before_step(monkeypatch, number: int, do) -> None:
@@ -66,7 +61,7 @@ def test_a_disk_that_is_full_at_a_checkpoint(overrides, undisturbed):
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("error: cannot use")
     assert "File too large; mend that and start again" in line
-    folder = run_folder(overrides)
+    folder = folder_of(overrides)
     assert folder.state == "failed"
     assert folder.failure.startswith("UserError: cannot use")
     assert len(list(folder.checkpoints.glob("leg-*[0-9]"))) == 1
@@ -84,7 +79,7 @@ def test_a_process_that_was_overtaken_writes_nothing_more(overrides, undisturbed
         before_step(patch, 7, overtake)
         with pytest.raises(ClaimLost, match="process 1 on elsewhere has taken over"):
             train(compose_config(overrides))
-    folder = run_folder(overrides)
+    folder = folder_of(overrides)
     assert len(read_rows(folder.metrics.path)) == 7
     assert folder.state == "unfinished"
     train(compose_config(overrides))
@@ -95,7 +90,7 @@ def test_a_clock_that_jumps_changes_nothing(overrides, undisturbed, monkeypatch)
     clock = random.Random(0)
     monkeypatch.setattr(time, "time", lambda: clock.uniform(0, 4e9))
     train(compose_config([*overrides, "logging.checkpoint_seconds=0"]))
-    assert counted_rows(run_folder(overrides)) == undisturbed
+    assert counted_rows(folder_of(overrides)) == undisturbed
 
 
 def test_a_trajectory_is_not_continued_in_another_precision(overrides, undisturbed, monkeypatch):
@@ -106,7 +101,7 @@ def test_a_trajectory_is_not_continued_in_another_precision(overrides, undisturb
     with pytest.raises(UserError, match=r"begun in float32, not bfloat16: set device\.precision=float32"):
         train(compose_config([*overrides, "device.precision=bfloat16"]))
     train(compose_config(overrides))
-    assert counted_rows(run_folder(overrides)) == undisturbed
+    assert counted_rows(folder_of(overrides)) == undisturbed
 
 
 def test_a_study_that_changed_begins_anew_beside_what_is_there(overrides, monkeypatch):
@@ -114,14 +109,14 @@ def test_a_study_that_changed_begins_anew_beside_what_is_there(overrides, monkey
         before_step(patch, 5, stop)
         with pytest.raises(Stopped):
             train(compose_config(overrides))
-    before = {path: path.read_bytes() for path in run_folder(overrides).path.rglob("*") if path.is_file()}
+    before = {path: path.read_bytes() for path in folder_of(overrides).path.rglob("*") if path.is_file()}
     train(compose_config([*overrides, "optimizer.beta2=0.9"]))
-    assert {path: path.read_bytes() for path in run_folder(overrides).path.rglob("*") if path.is_file()} == before
+    assert {path: path.read_bytes() for path in folder_of(overrides).path.rglob("*") if path.is_file()} == before
 
 
 def test_on_another_kind_of_device_seconds_are_no_longer_told(overrides, undisturbed, monkeypatch, capsys):
     """Those of two machines add up to nothing that an axis could show; all else is as it was."""
-    folder = run_folder(overrides)
+    folder = folder_of(overrides)
     with monkeypatch.context() as patch:
         before_step(patch, 9, stop)
         with pytest.raises(Stopped):
@@ -149,7 +144,7 @@ def test_a_signal_stops_at_a_checkpoint(overrides, undisturbed, monkeypatch, sig
         with pytest.raises(Stopped) as stopped:
             train(compose_config(overrides))
     assert stopped.value.code == 75
-    folder = run_folder(overrides)
+    folder = folder_of(overrides)
     assert folder.state == "unfinished"
     rows = len(read_rows(folder.metrics.path))
     assert rows == 11  # the step in which it arrived is finished

@@ -26,7 +26,7 @@ from bench.training.device import open_device
 from bench.training.schedule import WSD
 from bench.training.train import train
 from bench.training.trainer import Diverged, Trainer
-from tests.bench.trajectories import counted, counted_rows
+from tests.bench.trajectories import counted, counted_rows, folder_of
 
 ROOT = Path(__file__).parents[3]
 
@@ -231,7 +231,7 @@ def test_a_resumed_trajectory_keeps_its_number_of_threads(overrides, tmp_path):
     folders = []
     for runs, offers in (("whole", ["2"]), ("cut", ["2", "1"])):
         arguments = [*common, f"paths.runs={tmp_path}/{runs}"]
-        folders.append(RunFolder(settle(compose_config(arguments)).folder))
+        folders.append(folder_of(arguments))
         for threads in offers:
             environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
             process = subprocess.Popen([sys.executable, "-m", "bench", "train", *arguments], cwd=ROOT, env=environment)
